@@ -1,0 +1,2 @@
+//! Butterfly.
+fn main() {}
