@@ -1,0 +1,113 @@
+//! What a node tells about itself: metrics, events, and a profile of its stages and edges.
+//!
+//! Invariants: counting never waits for whoever reads; one telemetry belongs to one node, so several nodes in one process
+//! do not mix.
+//!
+//! It refuses to know where metrics are sent: [`Telemetry::render`] gives text.
+
+mod catalogue;
+mod events;
+mod graph;
+mod labelled;
+mod profile;
+mod states;
+mod timing;
+
+use std::sync::Arc;
+
+use butterfly_topology::{NodeId, StageName};
+use prometheus_client::registry::Registry;
+
+pub use catalogue::{
+    CircuitState, HitRatio, Level, Metrics, ModelLabel, NodeLabel, PeerMeters, PhaseLabels, TaskLabels, TaskStatus,
+    VerificationLabels, VerificationResult,
+};
+pub use events::{EVENTS_WAITING_MAX, Event, EventBus, SUBSCRIBERS_MAX, Subscriber, TooManySubscribers};
+pub use graph::{EdgeLabel, EdgeMeters};
+pub use labelled::{LABEL_SETS_MAX, Labelled};
+pub use profile::{EdgeProfile, Profile, StageProfile};
+pub use prometheus_client::metrics::counter::Counter;
+pub use prometheus_client::metrics::gauge::Gauge;
+pub use states::{StageState, StageStates, StateGuard, StateTimes};
+pub use timing::{DURATION_MAX, Quantiles, Timing};
+
+use crate::channel::Bounds;
+use crate::clock::{Clock, RealClock};
+use graph::GraphMeters;
+
+/// Everything that is counted and told about one node.
+#[derive(Debug)]
+pub struct Telemetry {
+    node: NodeId,
+    clock: Arc<dyn Clock>,
+    registry: Registry,
+    metrics: Metrics,
+    events: EventBus,
+    graph: Arc<GraphMeters>,
+}
+
+impl Telemetry {
+    /// The telemetry of a node, on real time.
+    pub fn new(node: NodeId) -> Self {
+        Self::with_clock(node, RealClock::shared())
+    }
+
+    /// The telemetry of a node, on the given time.
+    pub fn with_clock(node: NodeId, clock: Arc<dyn Clock>) -> Self {
+        let mut registry = Registry::with_prefix("butterfly");
+        let metrics = Metrics::default();
+        metrics.register(&mut registry, &node);
+        let graph = Arc::new(GraphMeters::default());
+        graph.register(&mut registry, &node);
+        let events = EventBus::new(Arc::clone(&clock), metrics.events_dropped_total.clone());
+        Self { node, clock, registry, metrics, events, graph }
+    }
+
+    /// The node this is about.
+    pub fn node(&self) -> &NodeId {
+        &self.node
+    }
+
+    /// The metrics that stages and links write.
+    pub fn metrics(&self) -> &Metrics {
+        &self.metrics
+    }
+
+    /// The bus of events.
+    pub fn events(&self) -> &EventBus {
+        &self.events
+    }
+
+    /// The counters of a peer.
+    pub fn peer(&self, node: &NodeId) -> PeerMeters {
+        self.metrics.peer(node)
+    }
+
+    /// All metrics as OpenMetrics text. Empty if formatting failed, which it does only when memory runs out.
+    pub fn render(&self) -> String {
+        let mut text = String::new();
+        match prometheus_client::encoding::text::encode(&mut text, &self.registry) {
+            Ok(()) => text,
+            Err(std::fmt::Error) => String::new(),
+        }
+    }
+
+    /// Where the time and the bytes went so far.
+    pub fn profile(&self) -> Profile {
+        Profile { node: self.node.to_string(), stages: self.graph.stage_profiles(), edges: self.graph.edge_profiles() }
+    }
+
+    /// Opens the account of a stage, in place of an earlier one of the same name.
+    pub fn open_stage(&self, name: &StageName) -> StageStates {
+        let states = StageStates::detached(Arc::clone(&self.clock));
+        self.graph.add_stage(name.clone(), states.clone());
+        states
+    }
+
+    /// Opens the account of an edge, in place of an earlier one between the same ends.
+    pub fn open_edge(&self, label: EdgeLabel, bounds: Bounds) -> Arc<EdgeMeters> {
+        let meters = Arc::new(EdgeMeters::new(label, bounds.items, bounds.bytes));
+        self.graph.add_edge(Arc::clone(&meters));
+        meters
+    }
+}
