@@ -1,0 +1,1 @@
+//! Whole clusters of tallies under seeded faults.
