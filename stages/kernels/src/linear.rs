@@ -1,0 +1,224 @@
+//! Linear layers: `y = W x + b`, one chain for each output.
+//!
+//! Invariants:
+//! - `acc = fma(w[k], x[k], acc)` with k ascending from +0.0, then the bias is added. One row and many rows, one thread
+//!   and many, compute the same chain.
+//! - Few rows read each weight once, straight from its panel; many rows widen a block of a panel once and reuse it while
+//!   it is in the first-level cache. Between blocks the chains rest in memory, which changes no bit.
+
+use std::ops::Range;
+
+use crate::element::{Bf16, F16, F32, Format, Step};
+use crate::matrix::{Matrix, Panels};
+use crate::pool::{Disjoint, Pool};
+use crate::simd::{Block, Kernel, LANES, Simd};
+use crate::tile::{TILE_ROWS, chain, chain_scalar, tiles};
+
+/// Panels that one row advances together. A single chain waits for each of its own steps, so one row needs several
+/// panels to keep the arithmetic busy.
+const ROW_PANELS: usize = 4;
+
+/// Rows that share one pass over the weights: sixteen tiles.
+const BLOCK_ROWS: usize = 16 * TILE_ROWS;
+
+/// Steps of a panel that are widened at a time: 16 KiB, half of a first-level cache.
+const BLOCK_STEPS: usize = 256;
+
+/// Writes `y = W x + bias` for each row of `x` `[n, columns]` to `y` `[n, rows]`.
+///
+/// # Panics
+/// If the shapes do not fit the matrix, or each other.
+pub fn linear(pool: &Pool, matrix: &Matrix, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
+    let (outputs, inputs) = (matrix.rows(), matrix.columns());
+    let rows = x.len() / inputs;
+    assert_eq!(x.len(), rows * inputs, "x is rows of {inputs} inputs");
+    assert_eq!(y.len(), rows * outputs, "y is {rows} rows of {outputs}");
+    assert!(bias.is_none_or(|bias| bias.len() == outputs), "a bias has one number per output");
+    for (x, y) in x.chunks(BLOCK_ROWS * inputs).zip(y.chunks_mut(BLOCK_ROWS * outputs)) {
+        match matrix.panels() {
+            Panels::F32(steps) => rows_block::<F32>(pool, steps, inputs, outputs, bias, x, y),
+            Panels::F16(steps) => rows_block::<F16>(pool, steps, inputs, outputs, bias, x, y),
+            Panels::Bf16(steps) => rows_block::<Bf16>(pool, steps, inputs, outputs, bias, x, y),
+        }
+    }
+}
+
+/// At most [`BLOCK_ROWS`] rows, with the panels shared among the pool's threads.
+fn rows_block<F: Format>(
+    pool: &Pool,
+    steps: &[Step<F::Stored>],
+    inputs: usize,
+    outputs: usize,
+    bias: Option<&[f32]>,
+    x: &[f32],
+    y: &mut [f32],
+) {
+    let y = Disjoint::new(y);
+    let work = |panels: Range<usize>| {
+        pool.path().run(Chunk::<F> { steps, inputs, outputs, bias, x, y: &y, panels });
+    };
+    let panels = outputs.div_ceil(LANES);
+    pool.split(panels, ROW_PANELS, x.len() * LANES, &work);
+}
+
+/// Some panels of a matrix, applied to some rows. Whoever holds it owns the outputs of those panels.
+struct Chunk<'a, F: Format> {
+    steps: &'a [Step<F::Stored>],
+    inputs: usize,
+    outputs: usize,
+    bias: Option<&'a [f32]>,
+    x: &'a [f32],
+    y: &'a Disjoint<'a>,
+    panels: Range<usize>,
+}
+
+impl<F: Format> Kernel for Chunk<'_, F> {
+    type Output = ();
+
+    fn scalar(self) {
+        for panel in self.panels.clone() {
+            for row in 0..self.rows() {
+                let mut block = [0.0; LANES];
+                for (lane, sum) in block.iter_mut().enumerate() {
+                    *sum = chain_scalar::<F>(self.row(row), self.panel(panel), lane, 0.0);
+                }
+                self.write(row, panel, &block);
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn vector<S: Simd>(self, simd: S) {
+        match self.rows() {
+            0 => {}
+            1 => self.direct::<S, 1, ROW_PANELS>(simd),
+            2 => self.direct::<S, 2, 2>(simd),
+            3 => self.direct::<S, 3, 2>(simd),
+            4 => self.direct::<S, 4, 1>(simd),
+            5 => self.direct::<S, 5, 1>(simd),
+            TILE_ROWS => self.direct::<S, TILE_ROWS, 1>(simd),
+            _ => self.blocked(simd),
+        }
+    }
+}
+
+impl<F: Format> Chunk<'_, F> {
+    fn rows(&self) -> usize {
+        self.x.len() / self.inputs
+    }
+
+    #[inline(always)]
+    fn row(&self, row: usize) -> &[f32] {
+        &self.x[row * self.inputs..][..self.inputs]
+    }
+
+    #[inline(always)]
+    fn panel(&self, panel: usize) -> &[Step<F::Stored>] {
+        &self.steps[panel * self.inputs..][..self.inputs]
+    }
+
+    /// Adds the bias to finished chains and writes those that are outputs of the matrix.
+    #[inline(always)]
+    fn write(&self, row: usize, panel: usize, sums: &Block) {
+        let first = panel * LANES;
+        let width = LANES.min(self.outputs - first);
+        let start = row * self.outputs + first;
+        // SAFETY: the panel's outputs belong to this chunk alone, and the part ends with this call.
+        let out = unsafe { self.y.part(start..start + width) };
+        match self.bias {
+            Some(bias) => {
+                for ((out, sum), bias) in out.iter_mut().zip(sums).zip(&bias[first..]) {
+                    *out = sum + bias;
+                }
+            }
+            None => out.copy_from_slice(&sums[..width]),
+        }
+    }
+
+    /// `R` rows, all that there are, and `P` panels at a time while there are so many.
+    #[inline(always)]
+    fn direct<S: Simd, const R: usize, const P: usize>(&self, simd: S) {
+        let mut panel = self.panels.start;
+        while panel + P <= self.panels.end {
+            self.direct_tile::<S, R, P>(simd, panel);
+            panel += P;
+        }
+        while panel < self.panels.end {
+            self.direct_tile::<S, R, 1>(simd, panel);
+            panel += 1;
+        }
+    }
+
+    #[inline(always)]
+    fn direct_tile<S: Simd, const R: usize, const P: usize>(&self, simd: S, first: usize) {
+        let mut rows: [&[f32]; R] = [&[]; R];
+        for (index, row) in rows.iter_mut().enumerate() {
+            *row = self.row(index);
+        }
+        let mut panels: [&[Step<F::Stored>]; P] = [&[]; P];
+        for (index, panel) in panels.iter_mut().enumerate() {
+            *panel = self.panel(first + index);
+        }
+        let zeros = [[simd.splat(0.0); P]; R];
+        let sums = chain::<S, F, R, P>(simd, rows, panels, zeros);
+        let mut block = [0.0; LANES];
+        for (row, sums) in sums.iter().enumerate() {
+            for (panel, sum) in sums.iter().enumerate() {
+                simd.store(*sum, &mut block);
+                self.write(row, first + panel, &block);
+            }
+        }
+    }
+
+    /// Any number of rows, in tiles, over blocks of widened steps.
+    #[inline(always)]
+    fn blocked<S: Simd>(&self, simd: S) {
+        let rows = self.rows();
+        let mut widened = [Step([0.0; LANES]); BLOCK_STEPS];
+        let mut sums = [[0.0; LANES]; BLOCK_ROWS];
+        for panel in self.panels.clone() {
+            sums[..rows].fill([0.0; LANES]);
+            let steps = self.panel(panel);
+            for start in (0..self.inputs).step_by(BLOCK_STEPS) {
+                let end = self.inputs.min(start + BLOCK_STEPS);
+                let block = F::widened(simd, &steps[start..end], &mut widened);
+                for (first, height) in tiles(rows) {
+                    let sums = &mut sums[first..];
+                    match height {
+                        1 => self.block_tile::<S, 1>(simd, first, start, block, sums),
+                        2 => self.block_tile::<S, 2>(simd, first, start, block, sums),
+                        3 => self.block_tile::<S, 3>(simd, first, start, block, sums),
+                        4 => self.block_tile::<S, 4>(simd, first, start, block, sums),
+                        5 => self.block_tile::<S, 5>(simd, first, start, block, sums),
+                        _ => self.block_tile::<S, TILE_ROWS>(simd, first, start, block, sums),
+                    }
+                }
+            }
+            for (row, sums) in sums[..rows].iter().enumerate() {
+                self.write(row, panel, sums);
+            }
+        }
+    }
+
+    /// Continues the chains of `R` rows through one block of one panel.
+    #[inline(always)]
+    fn block_tile<S: Simd, const R: usize>(
+        &self,
+        simd: S,
+        first: usize,
+        start: usize,
+        block: &[Step<f32>],
+        sums: &mut [Block],
+    ) {
+        let mut rows: [&[f32]; R] = [&[]; R];
+        let mut acc = [[simd.splat(0.0)]; R];
+        for index in 0..R {
+            rows[index] = &self.row(first + index)[start..][..block.len()];
+            acc[index][0] = simd.load(&sums[index]);
+        }
+        let acc = chain::<S, F32, R, 1>(simd, rows, [block], acc);
+        for (sum, acc) in sums.iter_mut().zip(&acc) {
+            simd.store(acc[0], sum);
+        }
+    }
+}

@@ -1,0 +1,85 @@
+//! The chain at the heart of the profile: `acc = fma(w[k], x[k], acc)`, k ascending.
+//!
+//! Panels hold sixteen outputs side by side and step through k, so a vector path advances sixteen chains at once and
+//! never splits one. A tile of several rows and panels only interleaves more chains. Linear layers use it with weights,
+//! attention with keys (sixteen positions side by side) and values (sixteen dimensions side by side).
+
+use crate::element::{Format, Step};
+use crate::simd::Simd;
+
+/// The most rows that share one pass over a panel: with two registers a row, two for weights and one for the input, six
+/// rows fill the sixteen registers of AVX2.
+pub(crate) const TILE_ROWS: usize = 6;
+
+/// Continues one chain through the steps of a panel, in one lane: the definition.
+#[inline(always)]
+pub(crate) fn chain_scalar<F: Format>(row: &[f32], panel: &[Step<F::Stored>], lane: usize, start: f32) -> f32 {
+    let mut acc = start;
+    for (x, step) in row.iter().zip(panel) {
+        acc = F::widen(step.0[lane]).mul_add(*x, acc);
+    }
+    acc
+}
+
+/// Continues the chains of `R` rows through `P` panels of equal length, sixteen lanes each. Rows must be as long.
+#[inline(always)]
+pub(crate) fn chain<S: Simd, F: Format, const R: usize, const P: usize>(
+    simd: S,
+    rows: [&[f32]; R],
+    panels: [&[Step<F::Stored>]; P],
+    start: [[S::F; P]; R],
+) -> [[S::F; P]; R] {
+    // Slices of one visible length, so that no bounds check is left in the loop.
+    let steps = panels[0].len();
+    let mut rows = rows;
+    for row in &mut rows {
+        *row = &row[..steps];
+    }
+    let mut panels = panels;
+    for panel in &mut panels {
+        *panel = &panel[..steps];
+    }
+
+    let mut acc = start;
+    for k in 0..steps {
+        let mut weights = [simd.splat(0.0); P];
+        for p in 0..P {
+            weights[p] = F::load(simd, &panels[p][k]);
+        }
+        for r in 0..R {
+            let x = simd.splat(rows[r][k]);
+            for p in 0..P {
+                acc[r][p] = simd.fma(weights[p], x, acc[r][p]);
+            }
+        }
+    }
+    acc
+}
+
+/// Cuts `rows` into the fewest tiles of at most [`TILE_ROWS`], as equal as can be, and names each by its first row and
+/// its height.
+pub(crate) fn tiles(rows: usize) -> impl Iterator<Item = (usize, usize)> {
+    let count = rows.div_ceil(TILE_ROWS);
+    (0..count).map(move |tile| {
+        let first = tile * rows / count;
+        (first, (tile + 1) * rows / count - first)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tiles_cover_every_row_once() {
+        for rows in 0..100 {
+            let mut next = 0;
+            for (first, height) in tiles(rows) {
+                assert_eq!(first, next);
+                assert!((1..=TILE_ROWS).contains(&height));
+                next += height;
+            }
+            assert_eq!(next, rows);
+        }
+    }
+}
