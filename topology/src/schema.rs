@@ -1,0 +1,623 @@
+//! The shapes of the topology file, with spans.
+//!
+//! The text is read as a dynamic tree and each table is compared with the list of its keys, because deserialising into
+//! structs stops at the first problem and this module reports all of them. What it hands on is well-formed table by
+//! table; whether the tables fit together is for [`crate::check`].
+
+use std::ops::Range;
+
+use toml::Spanned;
+use toml::de::{DeString, DeTable, DeValue};
+
+use crate::catalogue::{COMMON_KEYS, Catalogue, KeySpec, KindSignature, ValueSpec, WhenFull};
+use crate::cluster::{BEHAVIOURS, MAX_BYZANTINE_MAX, NODES_MAX, SLICES_MAX};
+use crate::diagnostic::{Code, Diagnostic, quote};
+use crate::graph::{CAPACITY_BYTES_MAX, CAPACITY_ITEMS_MAX, STAGES_MAX};
+use crate::name::{NodeId, StageName};
+use crate::suggest;
+use crate::value::{self, ConfigValue, StageConfig, type_name};
+
+pub(crate) type Span = Range<usize>;
+
+/// The most bytes of a topology file: 1 MiB.
+pub(crate) const TEXT_BYTES_MAX: usize = 1 << 20;
+/// The most inputs of one stage.
+const INPUTS_MAX: usize = 256;
+
+/// All tables of a file, as far as they could be read.
+pub(crate) struct Declared<'c> {
+    pub(crate) cluster: Option<Table>,
+    pub(crate) nodes: Vec<Table>,
+    pub(crate) stages: Vec<StageDecl<'c>>,
+    pub(crate) telemetry: Option<Table>,
+}
+
+/// A table with checked values.
+pub(crate) struct Table {
+    /// Its header.
+    pub(crate) header: Span,
+    pub(crate) values: StageConfig,
+}
+
+/// A `[[stage]]` table.
+pub(crate) struct StageDecl<'c> {
+    /// The stage's kind, or the one that was most likely meant; `None` when unknown.
+    pub(crate) signature: Option<&'c KindSignature>,
+    /// `None` when there is no usable name; the problem has been reported.
+    pub(crate) name: Option<StageName>,
+    /// Where the name, or else the kind, stands.
+    pub(crate) name_span: Span,
+    pub(crate) inputs: Vec<InputDecl>,
+    /// Where the value of `input` stands.
+    pub(crate) inputs_span: Option<Span>,
+    /// Whether some input could not be read, so that what it joins is unknown.
+    pub(crate) inputs_broken: bool,
+    pub(crate) on: Option<Vec<(NodeId, Span)>>,
+    pub(crate) capacity: Option<(usize, Span)>,
+    pub(crate) capacity_bytes: Option<(usize, Span)>,
+    pub(crate) full: WhenFull,
+    pub(crate) values: StageConfig,
+}
+
+/// One reference of `input`.
+pub(crate) struct InputDecl {
+    pub(crate) stage: String,
+    pub(crate) port: Option<String>,
+    /// The text of the reference.
+    pub(crate) span: Span,
+    pub(crate) to: Option<(String, Span)>,
+    pub(crate) feedback: Option<Span>,
+}
+
+const fn key(name: &'static str, doc: &'static str, value: ValueSpec) -> KeySpec {
+    KeySpec { name, doc, value, default: None, required: false }
+}
+
+const fn required(name: &'static str, doc: &'static str, value: ValueSpec) -> KeySpec {
+    KeySpec { name, doc, value, default: None, required: true }
+}
+
+const fn with_default(spec: KeySpec, default: &'static str) -> KeySpec {
+    KeySpec { default: Some(default), ..spec }
+}
+
+const TABLES: [(&str, &str); 4] =
+    [("cluster", "[cluster]"), ("node", "[[node]]"), ("stage", "[[stage]]"), ("telemetry", "[telemetry]")];
+
+const CLUSTER_KEYS: &[KeySpec] = &[
+    required("name", "name of the cluster", ValueSpec::Text),
+    required("model", "the model: \"builtin:tiny-rust\", a folder or a file", ValueSpec::Text),
+    required(
+        "max_byzantine",
+        "how many nodes may lie, f; 2f+1 nodes hold each slice, and 0 turns verification off",
+        ValueSpec::Integer { min: 0, max: MAX_BYZANTINE_MAX as i64 },
+    ),
+    key("cluster_size", "how many nodes are listed", ValueSpec::Integer { min: 1, max: NODES_MAX as i64 }),
+    key("slices", "into how many slices the model is cut", ValueSpec::Integer { min: 1, max: SLICES_MAX as i64 }),
+];
+
+const NODE_KEYS: &[KeySpec] = &[
+    required("id", "id of the node, such as \"n0\"", ValueSpec::Text),
+    required("listen_address", "where it listens and its peers dial it", ValueSpec::SocketAddress),
+    required("public_key", "its identity, printed by `butterfly keygen`", ValueSpec::Text),
+    key("domain", "who operates it", ValueSpec::Text),
+    key("memory", "memory for weights and caches", ValueSpec::Bytes { min: 1 << 20, max: 1 << 50 }),
+    key("compute", "measured speed relative to the others", ValueSpec::Number { min: 1e-6, max: 1e6 }),
+    key("bandwidth", "measured bytes per second to the others", ValueSpec::Bytes { min: 1, max: 1 << 50 }),
+    key("adversary", "a behaviour to show instead of the honest one", ValueSpec::Choice(BEHAVIOURS)),
+];
+
+const TELEMETRY_KEYS: &[KeySpec] = &[
+    with_default(
+        key("collector_type", "where metrics go", ValueSpec::Choice(&["prometheus", "console", "json"])),
+        "prometheus",
+    ),
+    with_default(
+        key(
+            "export_interval_secs",
+            "how often collectors that write do so",
+            ValueSpec::Integer { min: 1, max: 86_400 },
+        ),
+        "60",
+    ),
+];
+
+const CAPACITY: ValueSpec = ValueSpec::Integer { min: 1, max: CAPACITY_ITEMS_MAX as i64 };
+const CAPACITY_BYTES: ValueSpec = ValueSpec::Bytes { min: 1, max: CAPACITY_BYTES_MAX };
+const FULL: &[&str] = &["wait", "reject"];
+
+/// A key with its value, by position in the file.
+type Entry<'t, 'i> = (&'t Spanned<DeString<'i>>, &'t Spanned<DeValue<'i>>);
+
+fn entries<'t, 'i>(table: &'t DeTable<'i>) -> Vec<Entry<'t, 'i>> {
+    let mut entries: Vec<_> = table.iter().collect();
+    entries.sort_by_key(|(key, _)| key.span().start);
+    entries
+}
+
+fn entry<'t, 'i>(table: &'t DeTable<'i>, key: &str) -> Option<Entry<'t, 'i>> {
+    table.get_key_value(key)
+}
+
+/// Reads a file into tables. Problems are added to `problems`; when the text is not TOML there is nothing to hand on.
+pub(crate) fn read<'c>(text: &str, catalogue: &'c Catalogue, problems: &mut Vec<Diagnostic>) -> Option<Declared<'c>> {
+    if text.len() > TEXT_BYTES_MAX {
+        problems.push(Diagnostic::error(
+            Code::TooLarge,
+            format!("the file has {} bytes, and a topology has at most {TEXT_BYTES_MAX}", text.len()),
+        ));
+        return None;
+    }
+    let (root, errors) = DeTable::parse_recoverable(text);
+    if !errors.is_empty() {
+        problems.extend(errors.iter().map(syntax));
+        return None;
+    }
+    let mut reader = Reader { catalogue, problems };
+    Some(reader.root(root.get_ref()))
+}
+
+fn syntax(error: &toml::de::Error) -> Diagnostic {
+    let message = error.message().replace('\n', "; ");
+    let diagnostic = Diagnostic::error(Code::Syntax, message);
+    match error.span() {
+        Some(span) => diagnostic.at(span, ""),
+        None => diagnostic,
+    }
+}
+
+struct Reader<'c, 'p> {
+    catalogue: &'c Catalogue,
+    problems: &'p mut Vec<Diagnostic>,
+}
+
+impl<'c> Reader<'c, '_> {
+    fn root(&mut self, root: &DeTable<'_>) -> Declared<'c> {
+        let mut declared = Declared { cluster: None, nodes: Vec::new(), stages: Vec::new(), telemetry: None };
+        for (key, value) in entries(root) {
+            match &**key.get_ref() {
+                "cluster" => {
+                    declared.cluster = self.table("[cluster]", key, value, CLUSTER_KEYS);
+                }
+                "telemetry" => {
+                    declared.telemetry = self.table("[telemetry]", key, value, TELEMETRY_KEYS);
+                }
+                "node" => {
+                    for (table, header) in self.tables("[[node]]", NODES_MAX, key, value) {
+                        let what = node_text(table);
+                        let values = self.values(&what, table, &header, NODE_KEYS, &[]);
+                        declared.nodes.push(Table { header, values });
+                    }
+                }
+                "stage" => {
+                    for (table, header) in self.tables("[[stage]]", STAGES_MAX, key, value) {
+                        let stage = self.stage(table, header);
+                        declared.stages.push(stage);
+                    }
+                }
+                unknown => self.unknown_table(unknown, key.span()),
+            }
+        }
+        for (name, header) in TABLES.iter().take(3) {
+            if !root.contains_key(*name) {
+                let message = format!("there is no `{header}`");
+                self.problems.push(Diagnostic::error(Code::MissingTable, message).help(missing_table_help(name)));
+            }
+        }
+        declared
+    }
+
+    fn unknown_table(&mut self, name: &str, span: Span) {
+        let all = TABLES.map(|(name, _)| name);
+        let diagnostic = Diagnostic::error(Code::UnknownKey, format!("unknown table {}", quote(name)));
+        let diagnostic = match suggest::nearest(name, all) {
+            Some(near) => diagnostic.at(span, format!("did you mean {}?", quote(near))),
+            None => {
+                let all = TABLES.map(|(_, header)| header).join(", ");
+                diagnostic.at(span, "not a table of a topology").help(format!("the tables are {all}"))
+            }
+        };
+        self.problems.push(diagnostic);
+    }
+
+    /// A table that is there once.
+    fn table(
+        &mut self,
+        header: &str,
+        key: &Spanned<DeString<'_>>,
+        value: &Spanned<DeValue<'_>>,
+        keys: &[KeySpec],
+    ) -> Option<Table> {
+        let DeValue::Table(table) = value.get_ref() else {
+            let diagnostic = Diagnostic::error(
+                Code::WrongType,
+                format!("`{header}` is one table, not {}", type_name(value.get_ref())),
+            );
+            self.problems
+                .push(diagnostic.at(key.span(), "").help(format!("write it once, with single brackets: {header}")));
+            return None;
+        };
+        let values = self.values(&format!("`{header}`"), table, &value.span(), keys, &[]);
+        Some(Table { header: value.span(), values })
+    }
+
+    /// The tables of a list, with their headers.
+    fn tables<'t, 'i>(
+        &mut self,
+        header: &str,
+        count_max: usize,
+        key: &Spanned<DeString<'_>>,
+        value: &'t Spanned<DeValue<'i>>,
+    ) -> Vec<(&'t DeTable<'i>, Span)> {
+        let help = format!("write each with double brackets: {header}");
+        let DeValue::Array(array) = value.get_ref() else {
+            let message = format!("`{header}` is a list of tables, not {}", type_name(value.get_ref()));
+            let span = if value.get_ref().is_table() { value.span() } else { key.span() };
+            self.problems.push(Diagnostic::error(Code::WrongType, message).at(span, "").help(help));
+            return Vec::new();
+        };
+        if array.len() > count_max {
+            let message = format!("there are {} of `{header}`, and at most {count_max} are possible", array.len());
+            self.problems.push(Diagnostic::error(Code::TooLarge, message).at(key.span(), ""));
+        }
+        let mut tables = Vec::new();
+        for item in array.iter().take(count_max) {
+            if let DeValue::Table(table) = item.get_ref() {
+                tables.push((table, item.span()));
+            } else {
+                let message = format!("`{header}` is a list of tables, not of {}", plural(item.get_ref()));
+                self.problems.push(Diagnostic::error(Code::WrongType, message).at(item.span(), "").help(&*help));
+            }
+        }
+        tables
+    }
+
+    /// The values of one table: unknown keys, wrong values and missing keys are reported, defaults are applied. Keys in
+    /// `apart` are known and read elsewhere.
+    fn values(
+        &mut self,
+        what: &str,
+        table: &DeTable<'_>,
+        header: &Span,
+        keys: &[KeySpec],
+        apart: &[&str],
+    ) -> StageConfig {
+        let mut values = StageConfig::new();
+        for spec in keys {
+            if let Some(value) = spec.default.and_then(|text| value::default_value(&spec.value, text)) {
+                values.set(spec.name, value, None);
+            }
+        }
+        for (key, value) in entries(table) {
+            let name = &**key.get_ref();
+            if apart.contains(&name) {
+                continue;
+            }
+            match keys.iter().find(|spec| spec.name == name) {
+                Some(spec) => {
+                    if let Some(read) = self.value(what, spec.name, &spec.value, value) {
+                        values.set(spec.name, read, Some(value.span()));
+                    }
+                }
+                None => self.unknown_key(what, name, key.span(), keys, apart),
+            }
+        }
+        for spec in keys {
+            if spec.required && spec.default.is_none() && !table.contains_key(spec.name) {
+                let message = format!("{what} has no `{}`", spec.name);
+                let label = format!("`{}` is missing", spec.name);
+                let help = format!("`{}`: {}", spec.name, spec.doc);
+                self.problems.push(Diagnostic::error(Code::MissingKey, message).at(header.clone(), label).help(help));
+            }
+        }
+        values
+    }
+
+    /// One value; `None` when it is wrong, which is reported.
+    fn value(&mut self, what: &str, key: &str, spec: &ValueSpec, value: &Spanned<DeValue<'_>>) -> Option<ConfigValue> {
+        match value::read(spec, value.get_ref()) {
+            Ok(read) => Some(read),
+            Err(fault) => {
+                let message = format!("`{key}` of {what} {}", fault.message);
+                self.problems
+                    .push(Diagnostic::error(fault.code, message).at(value.span(), fault.label).help_opt(fault.help));
+                None
+            }
+        }
+    }
+
+    fn unknown_key(&mut self, what: &str, name: &str, span: Span, keys: &[KeySpec], apart: &[&str]) {
+        let diagnostic = Diagnostic::error(Code::UnknownKey, format!("unknown key {} in {what}", quote(name)));
+        let known: Vec<&str> = keys.iter().map(|spec| spec.name).chain(apart.iter().copied()).collect();
+        let diagnostic = match suggest::nearest(name, known.iter().copied()) {
+            Some(near) => diagnostic.at(span, format!("did you mean {}?", quote(near))),
+            None => diagnostic
+                .at(span, format!("not a key of {what}"))
+                .help_opt(self.owner_of(name, apart))
+                .help(format!("the keys are {}", list(&known))),
+        };
+        self.problems.push(diagnostic);
+    }
+
+    /// The kinds that have a key which this stage has not.
+    fn owner_of(&self, name: &str, apart: &[&str]) -> Option<String> {
+        if !apart.contains(&"kind") {
+            return None;
+        }
+        let owners: Vec<&str> =
+            self.catalogue.kinds().filter(|kind| kind.key(name).is_some()).map(|kind| kind.kind).collect();
+        (!owners.is_empty()).then(|| format!("{} is a key of {}", quote(name), list(&owners)))
+    }
+
+    fn stage(&mut self, table: &DeTable<'_>, header: Span) -> StageDecl<'c> {
+        let (signature, kind_span) = self.kind(table, &header);
+        let (name, name_span) = self.stage_name(table, signature, kind_span.unwrap_or_else(|| header.clone()));
+        let what = match &name {
+            Some(name) => format!("stage `{name}`"),
+            None => "this stage".to_owned(),
+        };
+        let common: Vec<&str> = COMMON_KEYS.iter().map(|(name, _)| *name).collect();
+        let values = match signature {
+            Some(signature) => self.values(&what, table, &header, signature.keys, &common),
+            None => StageConfig::new(),
+        };
+        let read = |reader: &mut Self, key: &str, spec: &ValueSpec| {
+            let (_, value) = entry(table, key)?;
+            reader.value(&what, key, spec, value).map(|read| (read, value.span()))
+        };
+        let capacity = read(self, "capacity", &CAPACITY).and_then(|(value, span)| match value {
+            ConfigValue::Integer(items) => usize::try_from(items).ok().map(|items| (items, span)),
+            _ => None,
+        });
+        let capacity_bytes = read(self, "capacity_bytes", &CAPACITY_BYTES).and_then(|(value, span)| match value {
+            ConfigValue::Bytes(bytes) => usize::try_from(bytes).ok().map(|bytes| (bytes, span)),
+            _ => None,
+        });
+        let full = read(self, "full", &ValueSpec::Choice(FULL));
+        let full = self.full(&what, signature, full);
+        let on = self.on(&what, table);
+        let mut inputs = Inputs::default();
+        let inputs_span = entry(table, "input").map(|(_, value)| {
+            self.inputs(&what, value, &mut inputs);
+            value.span()
+        });
+        StageDecl {
+            signature,
+            name,
+            name_span,
+            inputs: inputs.read,
+            inputs_span,
+            inputs_broken: inputs.broken,
+            on,
+            capacity,
+            capacity_bytes,
+            full,
+            values,
+        }
+    }
+
+    /// The signature, and where the kind stands.
+    fn kind(&mut self, table: &DeTable<'_>, header: &Span) -> (Option<&'c KindSignature>, Option<Span>) {
+        let kinds: Vec<&str> = self.catalogue.kinds().map(|kind| kind.kind).collect();
+        let Some((_, value)) = entry(table, "kind") else {
+            let diagnostic = Diagnostic::error(Code::MissingKey, "this stage has no `kind`");
+            self.problems.push(
+                diagnostic.at(header.clone(), "`kind` is missing").help(format!("the kinds are {}", list(&kinds))),
+            );
+            return (None, None);
+        };
+        let Some(ConfigValue::Text(kind)) = self.value("this stage", "kind", &ValueSpec::Text, value) else {
+            return (None, Some(value.span()));
+        };
+        if let Some(signature) = self.catalogue.kind(&kind) {
+            return (Some(signature), Some(value.span()));
+        }
+        let near = suggest::nearest(&kind, kinds.iter().copied());
+        let diagnostic = Diagnostic::error(Code::UnknownKind, format!("unknown stage kind {}", quote(&kind)));
+        let diagnostic = match near {
+            Some(near) => diagnostic.at(value.span(), format!("did you mean {}?", quote(near))),
+            None => diagnostic.at(value.span(), "no such kind"),
+        };
+        self.problems.push(diagnostic.help(format!("the kinds are {}", list(&kinds))));
+        // Going on with the kind that was meant finds the problems behind this one, and makes up none.
+        (near.and_then(|near| self.catalogue.kind(near)), Some(value.span()))
+    }
+
+    fn stage_name(
+        &mut self,
+        table: &DeTable<'_>,
+        signature: Option<&KindSignature>,
+        kind_span: Span,
+    ) -> (Option<StageName>, Span) {
+        let Some((_, value)) = entry(table, "name") else {
+            return (signature.and_then(|signature| StageName::parse(signature.kind).ok()), kind_span);
+        };
+        let Some(ConfigValue::Text(text)) = self.value("this stage", "name", &ValueSpec::Text, value) else {
+            return (None, value.span());
+        };
+        match StageName::parse(&text) {
+            Ok(name) => (Some(name), value.span()),
+            Err(error) => {
+                let message = format!("{} is not a name for a stage: {error}", quote(&text));
+                self.problems.push(
+                    Diagnostic::error(Code::InvalidValue, message)
+                        .at(value.span(), "not a name")
+                        .help("names are made of a-z, 0-9, - and _, and start with a letter or a digit"),
+                );
+                (None, value.span())
+            }
+        }
+    }
+
+    /// What the stage does when an edge is full, as far as its kind can.
+    fn full(&mut self, what: &str, signature: Option<&KindSignature>, set: Option<(ConfigValue, Span)>) -> WhenFull {
+        let default = signature.map_or(WhenFull::Wait, KindSignature::full_default);
+        let Some((ConfigValue::Text(word), span)) = set else { return default };
+        let full = if word == WhenFull::Reject.as_str() { WhenFull::Reject } else { WhenFull::Wait };
+        let Some(signature) = signature else { return full };
+        let allowed = if signature.full.is_empty() { &[WhenFull::Wait] } else { signature.full };
+        if allowed.contains(&full) {
+            return full;
+        }
+        let words: Vec<&str> = allowed.iter().map(|full| full.as_str()).collect();
+        self.problems.push(
+            Diagnostic::error(Code::UnknownChoice, format!("`full` of {what} cannot be {}", quote(&word)))
+                .at(span, format!("`{}` has no client that it could refuse", signature.kind))
+                .help(format!("a stage of kind `{}` can {}", signature.kind, list(&words))),
+        );
+        default
+    }
+
+    fn on(&mut self, what: &str, table: &DeTable<'_>) -> Option<Vec<(NodeId, Span)>> {
+        let (_, value) = entry(table, "on")?;
+        let DeValue::Array(array) = value.get_ref() else {
+            let message = format!("`on` of {what} must be a list of node ids, not {}", type_name(value.get_ref()));
+            let diagnostic = Diagnostic::error(Code::WrongType, message).at(value.span(), "expected a list");
+            self.problems.push(match value.get_ref() {
+                DeValue::String(id) => diagnostic.help(format!("put it in brackets: [\"{}\"]", id.escape_default())),
+                _ => diagnostic,
+            });
+            return None;
+        };
+        if array.is_empty() {
+            self.problems.push(
+                Diagnostic::error(Code::InvalidValue, format!("`on` of {what} names no node"))
+                    .at(value.span(), "nothing here")
+                    .help("leave `on` out to let every node run the stage"),
+            );
+            return None;
+        }
+        let mut on: Vec<(NodeId, Span)> = Vec::new();
+        let mut broken = false;
+        for item in array.iter().take(NODES_MAX) {
+            let DeValue::String(text) = item.get_ref() else {
+                let message = format!("`on` of {what} must be a list of node ids, not of {}", plural(item.get_ref()));
+                self.problems.push(Diagnostic::error(Code::WrongType, message).at(item.span(), "expected text"));
+                broken = true;
+                continue;
+            };
+            match NodeId::parse(text) {
+                Ok(id) => on.push((id, item.span())),
+                Err(error) => {
+                    let message = format!("{} is not a node id: {error}", quote(text));
+                    self.problems.push(Diagnostic::error(Code::InvalidValue, message).at(item.span(), ""));
+                    broken = true;
+                }
+            }
+        }
+        (!broken).then_some(on)
+    }
+
+    fn inputs(&mut self, what: &str, value: &Spanned<DeValue<'_>>, inputs: &mut Inputs) {
+        match value.get_ref() {
+            DeValue::Array(array) => {
+                for item in array.iter().take(INPUTS_MAX) {
+                    self.input(what, item, inputs);
+                }
+                if array.len() > INPUTS_MAX {
+                    let message = format!("{what} has more than {INPUTS_MAX} inputs");
+                    self.problems.push(Diagnostic::error(Code::TooLarge, message).at(value.span(), ""));
+                    inputs.broken = true;
+                }
+            }
+            _ => self.input(what, value, inputs),
+        }
+    }
+
+    fn input(&mut self, what: &str, value: &Spanned<DeValue<'_>>, inputs: &mut Inputs) {
+        let read = match value.get_ref() {
+            DeValue::String(text) => self.reference(text, value.span()),
+            DeValue::Table(table) => self.input_table(what, table, value.span()),
+            other => {
+                let message = format!("an input of {what} must be text or a table, not {}", type_name(other));
+                self.problems.push(
+                    Diagnostic::error(Code::WrongType, message).at(value.span(), "expected text or a table").help(
+                        "write \"stage\", \"stage.port\" or { from = \"stage.port\", to = \"port\", feedback = true }",
+                    ),
+                );
+                None
+            }
+        };
+        match read {
+            Some(input) => inputs.read.push(input),
+            None => inputs.broken = true,
+        }
+    }
+
+    /// `stage` or `stage.port`.
+    fn reference(&mut self, text: &str, span: Span) -> Option<InputDecl> {
+        let (stage, port) = match text.split_once('.') {
+            Some((stage, port)) => (stage, Some(port)),
+            None => (text, None),
+        };
+        let bad = StageName::parse(stage).is_err() || port.is_some_and(|port| port.is_empty() || port.contains('.'));
+        if bad {
+            self.problems.push(
+                Diagnostic::error(Code::InvalidValue, format!("{} does not name a stage or a port", quote(text)))
+                    .at(span, "expected `stage` or `stage.port`"),
+            );
+            return None;
+        }
+        let (stage, port) = (stage.to_owned(), port.map(str::to_owned));
+        Some(InputDecl { stage, port, span, to: None, feedback: None })
+    }
+
+    /// `{ from = "stage.port", to = "port", feedback = true }`.
+    fn input_table(&mut self, what: &str, table: &DeTable<'_>, span: Span) -> Option<InputDecl> {
+        const INPUT_KEYS: &[KeySpec] = &[
+            required("from", "where the items come from: \"stage\" or \"stage.port\"", ValueSpec::Text),
+            key("to", "the input port they enter", ValueSpec::Text),
+            key("feedback", "whether this edge closes a loop", ValueSpec::Flag),
+        ];
+        let values = self.values(&format!("an input of {what}"), table, &span, INPUT_KEYS, &[]);
+        let from = values.text("from")?;
+        let mut input = self.reference(from, values.place("from").unwrap_or(span))?;
+        input.to = values.text("to").map(str::to_owned).zip(values.place("to"));
+        input.feedback = values.flag("feedback").filter(|set| *set).and_then(|_| values.place("feedback"));
+        Some(input)
+    }
+}
+
+#[derive(Default)]
+struct Inputs {
+    read: Vec<InputDecl>,
+    broken: bool,
+}
+
+fn node_text(table: &DeTable<'_>) -> String {
+    match entry(table, "id").map(|(_, value)| value.get_ref()) {
+        Some(DeValue::String(id)) => format!("node {}", quote(id)),
+        _ => "this node".to_owned(),
+    }
+}
+
+fn plural(value: &DeValue<'_>) -> &'static str {
+    match value {
+        DeValue::String(_) => "texts",
+        DeValue::Integer(_) | DeValue::Float(_) => "numbers",
+        DeValue::Boolean(_) => "flags",
+        DeValue::Datetime(_) => "dates",
+        DeValue::Array(_) => "lists",
+        DeValue::Table(_) => "tables",
+    }
+}
+
+/// `a`, `b` and `c`.
+pub(crate) fn list(words: &[impl AsRef<str>]) -> String {
+    let quoted: Vec<String> = words.iter().map(|word| quote(word.as_ref())).collect();
+    match quoted.split_last() {
+        None => String::new(),
+        Some((last, [])) => last.clone(),
+        Some((last, rest)) => format!("{} and {last}", rest.join(", ")),
+    }
+}
+
+fn missing_table_help(name: &str) -> &'static str {
+    match name {
+        "cluster" => "[cluster] says the `name`, the `model` and `max_byzantine`, how many nodes may lie",
+        "node" => {
+            "list every node: [[node]] with `id`, `listen_address` and `public_key`; `butterfly init` writes them"
+        }
+        _ => "list the stages: [[stage]] with `kind` and `input`; `butterfly init` writes a graph that works",
+    }
+}
