@@ -52,12 +52,8 @@ impl Mapped {
         if metadata.len() == 0 {
             return Ok(Self { map: None });
         }
-        let length = usize::try_from(metadata.len()).map_err(|_| {
-            io::Error::new(
-                io::ErrorKind::InvalidInput,
-                "file does not fit the address space",
-            )
-        })?;
+        let length = usize::try_from(metadata.len())
+            .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "file does not fit the address space"))?;
         let mut options = MmapOptions::new();
         options.len(length);
         // SAFETY: the map is read-only and private to this value, covers exactly the length the file had a moment ago,
@@ -120,15 +116,7 @@ mod tests {
     #[test]
     fn refuses_what_is_not_a_regular_file() {
         let folder = tempfile::tempdir().unwrap();
-        assert_eq!(
-            Mapped::open(folder.path()).unwrap_err().kind(),
-            io::ErrorKind::InvalidInput
-        );
-        assert_eq!(
-            Mapped::open(&folder.path().join("absent"))
-                .unwrap_err()
-                .kind(),
-            io::ErrorKind::NotFound
-        );
+        assert_eq!(Mapped::open(folder.path()).unwrap_err().kind(), io::ErrorKind::InvalidInput);
+        assert_eq!(Mapped::open(&folder.path().join("absent")).unwrap_err().kind(), io::ErrorKind::NotFound);
     }
 }

@@ -1,0 +1,345 @@
+//! Layers of the llama family.
+//!
+//! Purpose: which tensors a model has, and the order of operations of a layer: RMSNorm, projections, rotation, grouped
+//! attention, residual, RMSNorm, gated MLP, residual. The bits of each operation are the kernels' business.
+//!
+//! Invariants: the first slice holds the embedding, the last one the final norm and the head; a tied head is the
+//! embedding's own packed matrix where both are in one slice. Row `i` of a batch is computed from row `i` and from what
+//! its sequence saw before.
+//!
+//! It refuses to know files, requests and sampling.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use butterfly_kernels::{
+    CacheStorage, KvCache, Matrix, Pool, RopeTable, add_assign, attention, linear, rms_norm, rope, silu_mul,
+};
+
+use super::ModelError;
+use super::config::LlamaConfig;
+use super::sequence::Span;
+use super::source::Part;
+use super::weights::{Weights, WeightsError};
+
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const FINAL_NORM: &str = "model.norm.weight";
+const HEAD: &str = "lm_head.weight";
+
+/// A range of llama layers with what surrounds them.
+#[derive(Debug)]
+pub(super) struct LlamaSlice {
+    config: LlamaConfig,
+    embedding: Option<Arc<Matrix>>,
+    layers: Vec<Layer>,
+    exit: Option<Exit>,
+    rope: RopeTable,
+}
+
+/// What follows the last layer.
+#[derive(Debug)]
+struct Exit {
+    norm: Vec<f32>,
+    head: Arc<Matrix>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    input_norm: Vec<f32>,
+    query: Linear,
+    key: Linear,
+    value: Linear,
+    output: Linear,
+    mlp_norm: Vec<f32>,
+    gate: Linear,
+    up: Linear,
+    down: Linear,
+}
+
+#[derive(Debug)]
+struct Linear {
+    matrix: Matrix,
+    bias: Option<Vec<f32>>,
+}
+
+/// Names (after `model.layers.N.`) and shapes of the tensors of one layer.
+pub(super) fn layer_shapes(config: &LlamaConfig) -> Vec<(&'static str, Vec<usize>)> {
+    let (hidden, wide) = (config.hidden, config.intermediate);
+    let (query, key) = (config.heads * config.head_dim, config.kv_heads * config.head_dim);
+    let mut shapes = vec![
+        ("input_layernorm.weight", vec![hidden]),
+        ("self_attn.q_proj.weight", vec![query, hidden]),
+        ("self_attn.k_proj.weight", vec![key, hidden]),
+        ("self_attn.v_proj.weight", vec![key, hidden]),
+        ("self_attn.o_proj.weight", vec![hidden, query]),
+        ("post_attention_layernorm.weight", vec![hidden]),
+        ("mlp.gate_proj.weight", vec![wide, hidden]),
+        ("mlp.up_proj.weight", vec![wide, hidden]),
+        ("mlp.down_proj.weight", vec![hidden, wide]),
+    ];
+    if config.qkv_bias {
+        shapes.push(("self_attn.q_proj.bias", vec![query]));
+        shapes.push(("self_attn.k_proj.bias", vec![key]));
+        shapes.push(("self_attn.v_proj.bias", vec![key]));
+    }
+    if config.output_bias {
+        shapes.push(("self_attn.o_proj.bias", vec![hidden]));
+    }
+    if config.mlp_bias {
+        shapes.push(("mlp.gate_proj.bias", vec![wide]));
+        shapes.push(("mlp.up_proj.bias", vec![wide]));
+        shapes.push(("mlp.down_proj.bias", vec![hidden]));
+    }
+    shapes
+}
+
+/// Names and shapes of every tensor of the model.
+pub(super) fn shapes(config: &LlamaConfig) -> Vec<(String, Vec<usize>)> {
+    let matrix = vec![config.vocabulary, config.hidden];
+    let mut shapes = vec![(EMBEDDING.to_owned(), matrix.clone()), (FINAL_NORM.to_owned(), vec![config.hidden])];
+    if !config.tied_head {
+        shapes.push((HEAD.to_owned(), matrix));
+    }
+    for layer in 0..config.layers {
+        for (name, shape) in layer_shapes(config) {
+            shapes.push((layer_tensor(layer, name), shape));
+        }
+    }
+    shapes
+}
+
+/// Tensors that files carry and that take no part: a stored copy of the rotation frequencies, and of a tied head.
+pub(super) fn takes_no_part(config: &LlamaConfig, tensor: &str) -> bool {
+    tensor.ends_with("rotary_emb.inv_freq") || (config.tied_head && tensor == HEAD)
+}
+
+fn layer_tensor(layer: usize, name: &str) -> String {
+    format!("model.layers.{layer}.{name}")
+}
+
+impl LlamaSlice {
+    /// Packs the layers `range` of the model.
+    pub(super) fn load(
+        config: &LlamaConfig,
+        weights: &Weights,
+        parts: &[Part],
+        range: Range<usize>,
+    ) -> Result<Self, ModelError> {
+        let vocabulary = [config.vocabulary, config.hidden];
+        let embedding = if range.start == 0 {
+            Some(Arc::new(weights.matrix(parts, EMBEDDING, vocabulary, config.dtype)?))
+        } else {
+            None
+        };
+        let exit = if range.end == config.layers {
+            let head = match &embedding {
+                Some(embedding) if config.tied_head => Arc::clone(embedding),
+                _ => {
+                    let tensor = if config.tied_head { EMBEDDING } else { HEAD };
+                    Arc::new(weights.matrix(parts, tensor, vocabulary, config.dtype)?)
+                }
+            };
+            Some(Exit { norm: weights.vector(parts, FINAL_NORM, config.hidden, config.dtype)?, head })
+        } else {
+            None
+        };
+        let layers = range.map(|layer| Layer::load(config, weights, parts, layer)).collect::<Result<_, _>>()?;
+        let rope = RopeTable::new(config.head_dim, config.rope_theta, config.context_length, config.rope_scaling)
+            .map_err(ModelError::Rotation)?;
+        Ok(Self { config: config.clone(), embedding, layers, exit, rope })
+    }
+
+    pub(super) fn is_last(&self) -> bool {
+        self.exit.is_some()
+    }
+
+    pub(super) fn width(&self) -> usize {
+        self.config.hidden
+    }
+
+    pub(super) fn vocabulary(&self) -> usize {
+        self.config.vocabulary
+    }
+
+    pub(super) fn new_caches(&self, storage: CacheStorage) -> Vec<KvCache> {
+        let LlamaConfig { kv_heads, head_dim, context_length, .. } = self.config;
+        self.layers.iter().map(|_| KvCache::with_storage(kv_heads, head_dim, context_length, storage)).collect()
+    }
+
+    pub(super) fn weight_bytes(&self) -> usize {
+        let embedding = self.embedding.as_ref().map_or(0, |matrix| matrix.bytes());
+        let exit = self.exit.as_ref().map_or(0, |exit| {
+            let shared = self.embedding.as_ref().is_some_and(|embedding| Arc::ptr_eq(embedding, &exit.head));
+            size_of_val(exit.norm.as_slice()) + if shared { 0 } else { exit.head.bytes() }
+        });
+        embedding + exit + self.layers.iter().map(Layer::bytes).sum::<usize>()
+    }
+
+    /// Appends the embeddings of checked tokens to a batch.
+    pub(super) fn embed(&self, tokens: &[u32], batch: &mut Vec<f32>) {
+        let Some(embedding) = &self.embedding else { return };
+        let start = batch.len();
+        batch.resize(start + tokens.len() * self.config.hidden, 0.0);
+        let rows = batch.get_mut(start..).unwrap_or_default().chunks_exact_mut(self.config.hidden);
+        for (row, token) in rows.zip(tokens) {
+            embedding.row(*token as usize, row);
+        }
+    }
+
+    /// Runs the layers over the residual rows of a batch, f32 `[rows, hidden]`; gives the rows that leave.
+    pub(super) fn run(&self, pool: &Pool, mut residual: Vec<f32>, spans: &mut [Span<'_>]) -> Vec<f32> {
+        let config = &self.config;
+        let rows = residual.len() / config.hidden;
+        let positions: Vec<u32> = spans
+            .iter()
+            .flat_map(|span| span.position..span.position + span.rows.len())
+            .map(|position| u32::try_from(position).unwrap_or(u32::MAX))
+            .collect();
+        let mut scratch = Scratch::new(config, rows);
+        for (index, layer) in self.layers.iter().enumerate() {
+            rms_norm(pool, &residual, &layer.input_norm, config.norm_epsilon, &mut scratch.normed);
+            layer.query.apply(pool, &scratch.normed, &mut scratch.query);
+            layer.key.apply(pool, &scratch.normed, &mut scratch.key);
+            layer.value.apply(pool, &scratch.normed, &mut scratch.value);
+            rope(&mut scratch.query, config.heads, &positions, &self.rope);
+            rope(&mut scratch.key, config.kv_heads, &positions, &self.rope);
+            for span in spans.iter_mut() {
+                self.attend(pool, index, span, &mut scratch);
+            }
+            layer.output.apply(pool, &scratch.attended, &mut scratch.normed);
+            add_assign(&mut residual, &scratch.normed);
+            for span in spans.iter_mut() {
+                span.settle(&residual, config.hidden);
+                let rows = residual.get(span.finite_elements(config.hidden)).unwrap_or_default();
+                span.sequence.interior.push(index, rows);
+            }
+            rms_norm(pool, &residual, &layer.mlp_norm, config.norm_epsilon, &mut scratch.normed);
+            layer.gate.apply(pool, &scratch.normed, &mut scratch.gate);
+            layer.up.apply(pool, &scratch.normed, &mut scratch.up);
+            silu_mul(pool, &scratch.gate, &scratch.up, &mut scratch.gated);
+            layer.down.apply(pool, &scratch.gated, &mut scratch.normed);
+            add_assign(&mut residual, &scratch.normed);
+            for span in spans.iter_mut() {
+                span.settle(&residual, config.hidden);
+            }
+        }
+        residual
+    }
+
+    /// Adds one step's keys and values to its cache and attends over it. Rows after the first one that is not finite get
+    /// zeros; nothing reads what becomes of them.
+    fn attend(&self, pool: &Pool, layer: usize, span: &mut Span<'_>, scratch: &mut Scratch) {
+        let LlamaConfig { heads, kv_heads, head_dim, .. } = self.config;
+        let (kv_width, width) = (kv_heads * head_dim, heads * head_dim);
+        let elements = span.finite_elements(kv_width);
+        let keys = scratch.key.get(elements.clone()).unwrap_or_default().chunks_exact(kv_width);
+        let values = scratch.value.get(elements).unwrap_or_default().chunks_exact(kv_width);
+        let Some(cache) = span.sequence.caches.get_mut(layer) else { return };
+        span.finite = keys.zip(values).take_while(|(key, value)| cache.push(key, value).is_ok()).count();
+        let whole = span.rows.start * width..span.rows.end * width;
+        scratch.attended.get_mut(whole).unwrap_or_default().fill(0.0);
+        let finite = span.finite_elements(width);
+        let (query, out) = (scratch.query.get(finite.clone()), scratch.attended.get_mut(finite));
+        if let (1.., Some(query), Some(out), Some(cache)) = (span.finite, query, out, span.sequence.caches.get(layer)) {
+            attention(pool, query, cache, span.position, heads, out);
+        }
+    }
+
+    /// The logits of each span's last row.
+    pub(super) fn logits(&self, pool: &Pool, residual: &[f32], spans: &[Span<'_>]) -> Vec<Vec<f32>> {
+        let Some(exit) = &self.exit else { return Vec::new() };
+        let hidden = self.config.hidden;
+        let mut last = Vec::with_capacity(spans.len() * hidden);
+        for span in spans {
+            let end = span.rows.end * hidden;
+            last.extend_from_slice(residual.get(end - hidden..end).unwrap_or_default());
+        }
+        let mut normed = vec![0.0; last.len()];
+        rms_norm(pool, &last, &exit.norm, self.config.norm_epsilon, &mut normed);
+        let mut logits = vec![0.0; spans.len() * self.config.vocabulary];
+        linear(pool, &exit.head, None, &normed, &mut logits);
+        logits.chunks_exact(self.config.vocabulary).map(<[f32]>::to_vec).collect()
+    }
+}
+
+impl Layer {
+    fn load(config: &LlamaConfig, weights: &Weights, parts: &[Part], layer: usize) -> Result<Self, WeightsError> {
+        let shapes = layer_shapes(config);
+        let shape = |name: &str| shapes.iter().find(|(known, _)| *known == name).map(|(_, shape)| shape.as_slice());
+        let norm = |name: &str| weights.vector(parts, &layer_tensor(layer, name), config.hidden, config.dtype);
+        let linear = |name: &str| -> Result<Linear, WeightsError> {
+            let (weight, bias) = (format!("{name}.weight"), format!("{name}.bias"));
+            let matrix = match shape(&weight) {
+                Some(&[rows, columns]) => [rows, columns],
+                _ => [0, 0],
+            };
+            let matrix = weights.matrix(parts, &layer_tensor(layer, &weight), matrix, config.dtype)?;
+            let bias = match shape(&bias) {
+                Some(&[length]) => Some(weights.vector(parts, &layer_tensor(layer, &bias), length, config.dtype)?),
+                _ => None,
+            };
+            Ok(Linear { matrix, bias })
+        };
+        Ok(Self {
+            input_norm: norm("input_layernorm.weight")?,
+            query: linear("self_attn.q_proj")?,
+            key: linear("self_attn.k_proj")?,
+            value: linear("self_attn.v_proj")?,
+            output: linear("self_attn.o_proj")?,
+            mlp_norm: norm("post_attention_layernorm.weight")?,
+            gate: linear("mlp.gate_proj")?,
+            up: linear("mlp.up_proj")?,
+            down: linear("mlp.down_proj")?,
+        })
+    }
+
+    fn bytes(&self) -> usize {
+        let linears = [&self.query, &self.key, &self.value, &self.output, &self.gate, &self.up, &self.down].into_iter();
+        let vectors = [&self.input_norm, &self.mlp_norm].into_iter();
+        let vectors = vectors.chain(linears.clone().filter_map(|linear| linear.bias.as_ref()));
+        linears.map(|linear| linear.matrix.bytes()).sum::<usize>()
+            + vectors.map(|vector| size_of_val(vector.as_slice())).sum::<usize>()
+    }
+}
+
+impl Linear {
+    fn apply(&self, pool: &Pool, x: &[f32], y: &mut [f32]) {
+        linear(pool, &self.matrix, self.bias.as_deref(), x, y);
+    }
+}
+
+/// Rows between the operations of a layer, reused by all layers of a pass.
+struct Scratch {
+    /// `[rows, hidden]`: the normed residual, then what is added to it.
+    normed: Vec<f32>,
+    /// `[rows, heads, head_dim]`
+    query: Vec<f32>,
+    /// `[rows, kv_heads, head_dim]`
+    key: Vec<f32>,
+    /// `[rows, kv_heads, head_dim]`
+    value: Vec<f32>,
+    /// `[rows, heads, head_dim]`
+    attended: Vec<f32>,
+    /// `[rows, intermediate]`
+    gate: Vec<f32>,
+    /// `[rows, intermediate]`
+    up: Vec<f32>,
+    /// `[rows, intermediate]`
+    gated: Vec<f32>,
+}
+
+impl Scratch {
+    fn new(config: &LlamaConfig, rows: usize) -> Self {
+        let buffer = |width: usize| vec![0.0; rows * width];
+        Self {
+            normed: buffer(config.hidden),
+            query: buffer(config.heads * config.head_dim),
+            key: buffer(config.kv_heads * config.head_dim),
+            value: buffer(config.kv_heads * config.head_dim),
+            attended: buffer(config.heads * config.head_dim),
+            gate: buffer(config.intermediate),
+            up: buffer(config.intermediate),
+            gated: buffer(config.intermediate),
+        }
+    }
+}

@@ -1,0 +1,229 @@
+//! What a model is: its shape, what each layer costs, and one digest over everything that decides its function.
+//!
+//! Invariants: the root covers the exact bytes of config, tokenizer, index and weight files in that order, each under a
+//! role of its own and with its length, so no two different models share one; it does not cover names or paths, so the
+//! same model has the same root on every machine.
+//!
+//! It refuses to know nodes and plans.
+
+use butterfly_kernels::Dtype;
+use sha2::{Digest, Sha256};
+
+use super::config::{Config, LlamaConfig, MlpConfig};
+use super::llama;
+use super::source::{Part, Source};
+
+const PART_DOMAIN: &[u8] = b"butterfly/1 model part\0";
+const ROOT_DOMAIN: &[u8] = b"butterfly/1 model root\0";
+
+/// What a model is, without its weights.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Manifest {
+    /// The name clients ask for: of the folder, or of the built-in model.
+    pub name: String,
+    /// The family.
+    pub architecture: Architecture,
+    /// Layers that can be dealt to slices.
+    pub layers: usize,
+    /// Width of the residual stream; of the widest layer for a dense network.
+    pub hidden: usize,
+    /// Token ids are below this; 0 for a dense network.
+    pub vocabulary: usize,
+    /// Positions of prompt and answer together, at most; 1 for a dense network.
+    pub context_length: usize,
+    /// Elements of an input vector; 0 for a model that takes tokens.
+    pub input_width: usize,
+    /// Elements of an output vector; 0 for a model that gives tokens.
+    pub output_width: usize,
+    /// Begins a sequence.
+    pub bos: Option<u32>,
+    /// Each ends a sequence; ascending.
+    pub eos: Vec<u32>,
+    /// SHA-256 over config, tokenizer and weights.
+    pub root: [u8; 32],
+    /// One entry per layer; what surrounds the layers is counted with the first and the last.
+    pub layer_costs: Vec<LayerCost>,
+}
+
+/// The family of a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Architecture {
+    /// Decoder-only transformers of the llama family: tokens in, tokens out.
+    Llama,
+    /// Dense layers: a vector in, a vector out.
+    Mlp,
+}
+
+/// What holding and running one layer takes.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LayerCost {
+    /// Bytes of its weights.
+    pub weight_bytes: u64,
+    /// Bytes of keys and values for one position of one sequence.
+    pub kv_bytes_per_position: u64,
+    /// Multiply-adds for one position, attention over earlier positions left out.
+    pub work: f64,
+    /// Bytes that leave it for one position.
+    pub boundary_bytes: u64,
+}
+
+impl Manifest {
+    pub(super) fn new(source: &Source, config: &Config, dtype: Dtype) -> Self {
+        let (name, root) = (source.name.clone(), root(source));
+        match config {
+            Config::Llama(config) => Self {
+                name,
+                architecture: Architecture::Llama,
+                layers: config.layers,
+                hidden: config.hidden,
+                vocabulary: config.vocabulary,
+                context_length: config.context_length,
+                input_width: 0,
+                output_width: 0,
+                bos: config.bos,
+                eos: config.eos.clone(),
+                root,
+                layer_costs: llama_costs(config, dtype),
+            },
+            Config::Mlp(config) => Self {
+                name,
+                architecture: Architecture::Mlp,
+                layers: config.layer_sizes.len().saturating_sub(1),
+                hidden: config.layer_sizes.iter().copied().max().unwrap_or(0),
+                vocabulary: 0,
+                context_length: 1,
+                input_width: config.layer_sizes.first().copied().unwrap_or(0),
+                output_width: config.layer_sizes.last().copied().unwrap_or(0),
+                bos: None,
+                eos: Vec::new(),
+                root,
+                layer_costs: mlp_costs(config, dtype),
+            },
+        }
+    }
+
+    /// Elements of the f32 rows that enter `layer` from the layer before it; `None` for the first layer and beyond the
+    /// last.
+    #[must_use]
+    pub fn boundary_width(&self, layer: usize) -> Option<usize> {
+        let before = layer.checked_sub(1).filter(|before| before + 1 < self.layers)?;
+        self.layer_costs.get(before).map(|cost| cost.boundary_bytes as usize / size_of::<f32>())
+    }
+}
+
+/// Bytes of one number as keys and values are kept: f16.
+const KV_BYTES: usize = 2;
+
+fn llama_costs(config: &LlamaConfig, dtype: Dtype) -> Vec<LayerCost> {
+    let embedding = config.vocabulary * config.hidden;
+    let mut costs = vec![
+        LayerCost {
+            weight_bytes: 0,
+            kv_bytes_per_position: (2 * config.kv_heads * config.head_dim * KV_BYTES) as u64,
+            work: llama::layer_shapes(config).iter().filter(|(_, shape)| shape.len() == 2).map(elements).sum::<usize>()
+                as f64,
+            boundary_bytes: (config.hidden * size_of::<f32>()) as u64,
+        };
+        config.layers
+    ];
+    let weights = llama::layer_shapes(config).iter().map(elements).sum::<usize>() * dtype.size_bytes();
+    for cost in &mut costs {
+        cost.weight_bytes = weights as u64;
+    }
+    if let Some(first) = costs.first_mut() {
+        first.weight_bytes += (embedding * dtype.size_bytes()) as u64;
+    }
+    if let Some(last) = costs.last_mut() {
+        // On one slice a tied head costs nothing more; a planner that cuts the model needs it on both ends.
+        last.weight_bytes += ((embedding + config.hidden) * dtype.size_bytes()) as u64;
+        last.work += embedding as f64;
+        last.boundary_bytes = size_of::<u32>() as u64;
+    }
+    costs
+}
+
+fn elements((_, shape): &(&'static str, Vec<usize>)) -> usize {
+    shape.iter().product()
+}
+
+fn mlp_costs(config: &MlpConfig, dtype: Dtype) -> Vec<LayerCost> {
+    let sizes = config.layer_sizes.windows(2);
+    sizes
+        .filter_map(|pair| match *pair {
+            [inputs, outputs] => Some(LayerCost {
+                weight_bytes: ((inputs + 1) * outputs * dtype.size_bytes()) as u64,
+                kv_bytes_per_position: 0,
+                work: (inputs * outputs) as f64,
+                boundary_bytes: (outputs * size_of::<f32>()) as u64,
+            }),
+            _ => None,
+        })
+        .collect()
+}
+
+fn root(source: &Source) -> [u8; 32] {
+    let small = [(b'c', Some(&source.config)), (b't', source.tokenizer.as_ref()), (b'i', source.index.as_ref())];
+    let parts: Vec<(u8, &Part)> = small
+        .into_iter()
+        .filter_map(|(role, part)| part.map(|part| (role, part)))
+        .chain(source.weights.iter().map(|part| (b'w', part)))
+        .collect();
+    let mut root = Sha256::new();
+    root.update(ROOT_DOMAIN);
+    root.update((parts.len() as u64).to_le_bytes());
+    for (role, part) in parts {
+        let bytes = part.bytes.as_ref();
+        let mut digest = Sha256::new();
+        digest.update(PART_DOMAIN);
+        digest.update([role]);
+        digest.update((bytes.len() as u64).to_le_bytes());
+        // Mapped pages come and go as they are read: hashing a file takes no memory of its size.
+        digest.update(bytes);
+        root.update(digest.finalize());
+    }
+    root.finalize().into()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::source::Bytes;
+    use super::*;
+
+    fn source(config: &[u8], tokenizer: Option<&[u8]>, weights: &[&[u8]]) -> Source {
+        let part = |bytes: &[u8]| Part { file: "f".into(), name: "n".into(), bytes: Bytes::Owned(bytes.to_vec()) };
+        Source {
+            name: "m".into(),
+            config: part(config),
+            tokenizer: tokenizer.map(part),
+            index: None,
+            weights: weights.iter().map(|bytes| part(bytes)).collect(),
+        }
+    }
+
+    #[test]
+    fn every_part_and_its_role_reach_the_root() {
+        let roots = [
+            source(b"c", None, &[b"w"]),
+            source(b"d", None, &[b"w"]),
+            source(b"c", None, &[b"v"]),
+            source(b"c", Some(b"w"), &[]),
+            source(b"c", Some(b"t"), &[b"w"]),
+            source(b"c", None, &[b"w", b""]),
+            source(b"c", None, &[b"", b"w"]),
+            source(b"cw", None, &[b""]),
+        ]
+        .map(|source| root(&source));
+        for (index, one) in roots.iter().enumerate() {
+            assert!(roots.iter().skip(index + 1).all(|other| other != one), "{index}");
+        }
+    }
+
+    #[test]
+    fn names_do_not_reach_the_root() {
+        let one = source(b"c", None, &[b"w"]);
+        let mut other = source(b"c", None, &[b"w"]);
+        other.name = "another".into();
+        other.config.file = "elsewhere".into();
+        assert_eq!(root(&one), root(&other));
+    }
+}

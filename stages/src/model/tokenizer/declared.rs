@@ -1,0 +1,297 @@
+//! What a `tokenizer.json` declares, checked before anything runs on it.
+//!
+//! Invariants: what passes here can be given to the tokenizers crate without an index out of range, and means the same
+//! in every process. It refuses to know how text is split and merged.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt;
+
+use serde::Deserialize;
+use serde::de::{MapAccess, Visitor};
+use serde_json::Value;
+
+use super::{TokenizerError, byte_char};
+
+/// Nesting of normalizers and pre-tokenizers in sequences, at most.
+const NESTING_MAX: usize = 4;
+/// Tokens that a post-processor may put on either side of a text.
+const AFFIX_TOKENS_MAX: usize = 16;
+/// Length of a value quoted in an error, in characters.
+const QUOTED_CHARS_MAX: usize = 80;
+const AFFIXES: &str = "null, ByteLevel, a TemplateProcessing of special tokens around one $A, or a Sequence of them";
+
+/// The parts of `tokenizer.json` that are checked here.
+#[derive(Deserialize)]
+pub(super) struct Declared {
+    #[serde(default)]
+    pub(super) added_tokens: Vec<Added>,
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    post_processor: Value,
+    #[serde(default)]
+    decoder: Value,
+    model: Bpe,
+}
+
+#[derive(Deserialize)]
+pub(super) struct Added {
+    pub(super) id: u32,
+    pub(super) content: String,
+    special: bool,
+}
+
+#[derive(Deserialize)]
+struct Bpe {
+    #[serde(default)]
+    r#type: Value,
+    #[serde(default)]
+    dropout: Value,
+    #[serde(default)]
+    continuing_subword_prefix: Value,
+    #[serde(default)]
+    end_of_word_suffix: Value,
+    #[serde(default)]
+    byte_fallback: Value,
+    vocab: Vocabulary,
+    merges: Vec<Merge>,
+}
+
+/// A merge in the newer spelling or the older one.
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum Merge {
+    Pair(String, String),
+    Joined(String),
+}
+
+/// Token strings and ids as the file lists them, repeats included.
+struct Vocabulary(Vec<(String, u32)>);
+
+impl<'de> Deserialize<'de> for Vocabulary {
+    fn deserialize<D: serde::Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Entries;
+
+        impl<'de> Visitor<'de> for Entries {
+            type Value = Vocabulary;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object of token ids")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Vocabulary, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(entry) = map.next_entry()? {
+                    entries.push(entry);
+                }
+                Ok(Vocabulary(entries))
+            }
+        }
+
+        deserializer.deserialize_map(Entries)
+    }
+}
+
+/// Tokens that the post-processor puts around every text.
+#[derive(Debug, Default)]
+pub(super) struct Affixes {
+    pub(super) before: Vec<u32>,
+    pub(super) after: Vec<u32>,
+}
+
+/// What an id stands for.
+pub(super) enum Meaning<'a> {
+    /// A string over the byte-level alphabet.
+    Bytes(&'a str),
+    /// Text as it is.
+    Literal(&'a str),
+    /// No text at all.
+    Special,
+}
+
+impl Declared {
+    /// Checks everything the module promises; gives what each id stands for.
+    pub(super) fn check(&self, file: &str, vocabulary: usize) -> Result<BTreeMap<u32, Meaning<'_>>, TokenizerError> {
+        self.check_parts(file)?;
+        let ids = self.check_vocabulary(file, vocabulary)?;
+        self.check_merges(file, &ids)?;
+        for byte in 0..=255_u8 {
+            if !ids.contains_key(byte_char(byte).encode_utf8(&mut [0; 4]) as &str) {
+                return Err(TokenizerError::ByteMissing { file: file.to_owned(), byte });
+            }
+        }
+        let mut meanings: BTreeMap<u32, Meaning<'_>> =
+            ids.iter().map(|(token, id)| (*id, Meaning::Bytes(token))).collect();
+        let mut added: BTreeSet<&str> = BTreeSet::new();
+        for token in &self.added_tokens {
+            outside(file, &token.content, token.id, vocabulary)?;
+            let other = ids.iter().find(|(content, id)| (**content == token.content) != (**id == token.id));
+            let taken = meanings.contains_key(&token.id) && !ids.contains_key(token.content.as_str());
+            if other.is_some() || taken || !added.insert(&token.content) {
+                return Err(TokenizerError::Repeated {
+                    file: file.to_owned(),
+                    first: other.map_or_else(|| token.content.clone(), |(content, _)| (*content).to_owned()),
+                    second: token.content.clone(),
+                    id: token.id,
+                });
+            }
+            let meaning = if token.special { Meaning::Special } else { Meaning::Literal(&token.content) };
+            meanings.insert(token.id, meaning);
+        }
+        Ok(meanings)
+    }
+
+    fn check_parts(&self, file: &str) -> Result<(), TokenizerError> {
+        let refuse = |field: &str, found: &Value, supported: &'static str| unsupported(file, field, found, supported);
+        let model = &self.model;
+        if !(model.r#type.is_null() || model.r#type == "BPE") {
+            return Err(refuse("model.type", &model.r#type, "BPE"));
+        }
+        if !(model.dropout.is_null() || model.dropout.as_f64() == Some(0.0)) {
+            return Err(refuse("model.dropout", &model.dropout, "null"));
+        }
+        for (field, value) in [
+            ("model.continuing_subword_prefix", &model.continuing_subword_prefix),
+            ("model.end_of_word_suffix", &model.end_of_word_suffix),
+        ] {
+            if !(value.is_null() || value == "") {
+                return Err(refuse(field, value, "null"));
+            }
+        }
+        if !(model.byte_fallback.is_null() || model.byte_fallback == false) {
+            return Err(refuse("model.byte_fallback", &model.byte_fallback, "false: only byte-level tokenizers"));
+        }
+        let (forms, splits) = (&["NFC", "NFD", "NFKC", "NFKD", "Lowercase"], &["ByteLevel", "Split", "Digits"]);
+        if !self.normalizer.is_null() && !made_of(&self.normalizer, "normalizers", forms, NESTING_MAX) {
+            return Err(refuse("normalizer", &self.normalizer, "null, NFC, NFD, NFKC, NFKD, Lowercase"));
+        }
+        let byte_level = holds(&self.pre_tokenizer, "pretokenizers", "ByteLevel");
+        if !byte_level || !made_of(&self.pre_tokenizer, "pretokenizers", splits, NESTING_MAX) {
+            let supported = "ByteLevel, alone or in a Sequence with Split and Digits";
+            return Err(refuse("pre_tokenizer", &self.pre_tokenizer, supported));
+        }
+        if !made_of(&self.decoder, "decoders", &["ByteLevel"], NESTING_MAX) {
+            return Err(refuse("decoder", &self.decoder, "ByteLevel"));
+        }
+        Ok(())
+    }
+
+    fn check_vocabulary(&self, file: &str, vocabulary: usize) -> Result<BTreeMap<&str, u32>, TokenizerError> {
+        let mut ids: BTreeMap<&str, u32> = BTreeMap::new();
+        let mut tokens: BTreeMap<u32, &str> = BTreeMap::new();
+        for (token, id) in &self.model.vocab.0 {
+            outside(file, token, *id, vocabulary)?;
+            let same_string = ids.insert(token, *id).map(|_| token.as_str());
+            if let Some(first) = tokens.insert(*id, token).or(same_string) {
+                let (first, second) = (first.to_owned(), token.clone());
+                return Err(TokenizerError::Repeated { file: file.to_owned(), first, second, id: *id });
+            }
+        }
+        Ok(ids)
+    }
+
+    /// What the post-processor puts around a text. One that only trims offsets changes no id.
+    pub(super) fn affixes(&self, file: &str, vocabulary: usize) -> Result<Affixes, TokenizerError> {
+        let refuse = || unsupported(file, "post_processor", &self.post_processor, AFFIXES);
+        let mut parts = Vec::new();
+        match self.post_processor.get("processors").and_then(Value::as_array) {
+            Some(members) => parts.extend(members),
+            None if self.post_processor.is_null() => {}
+            None => parts.push(&self.post_processor),
+        }
+        let mut affixes = Affixes::default();
+        let mut templates = 0;
+        for part in parts {
+            match part.get("type").and_then(Value::as_str) {
+                Some("ByteLevel") => {}
+                Some("TemplateProcessing") if templates == 0 => {
+                    templates = 1;
+                    affixes = template(part).ok_or_else(refuse)?;
+                }
+                _ => return Err(refuse()),
+            }
+        }
+        for id in affixes.before.iter().chain(&affixes.after) {
+            outside(file, "in post_processor", *id, vocabulary)?;
+        }
+        Ok(affixes)
+    }
+
+    /// Both sides of every merge and what they make must be tokens.
+    fn check_merges(&self, file: &str, ids: &BTreeMap<&str, u32>) -> Result<(), TokenizerError> {
+        for (index, merge) in self.model.merges.iter().enumerate() {
+            let (left, right) = match merge {
+                Merge::Pair(left, right) => (left.as_str(), right.as_str()),
+                // The older files begin with a line that names their version; the crate skips it as well.
+                Merge::Joined(text) if text.starts_with("#version") => continue,
+                Merge::Joined(text) => text.split_once(' ').unwrap_or((text, "")),
+            };
+            let made = format!("{left}{right}");
+            if let Some(token) = [left, right, &made].into_iter().find(|token| !ids.contains_key(token)) {
+                let token = token.to_owned();
+                return Err(TokenizerError::Merge { file: file.to_owned(), merge: index, token });
+            }
+        }
+        Ok(())
+    }
+}
+
+fn outside(file: &str, token: &str, id: u32, vocabulary: usize) -> Result<(), TokenizerError> {
+    if (id as usize) < vocabulary {
+        return Ok(());
+    }
+    Err(TokenizerError::OutsideVocabulary { file: file.to_owned(), token: token.to_owned(), id, vocabulary })
+}
+
+fn unsupported(file: &str, field: &str, found: &Value, supported: &'static str) -> TokenizerError {
+    let found = found.to_string().chars().take(QUOTED_CHARS_MAX).collect();
+    TokenizerError::Unsupported { file: file.to_owned(), field: field.to_owned(), found, supported }
+}
+
+/// Reads a template for one text: special tokens, the text once, special tokens.
+fn template(part: &Value) -> Option<Affixes> {
+    let mut affixes = Affixes::default();
+    let mut text_seen = false;
+    for piece in part.get("single")?.as_array()? {
+        if let Some(sequence) = piece.get("Sequence") {
+            if text_seen || sequence.get("id")? != "A" {
+                return None;
+            }
+            text_seen = true;
+            continue;
+        }
+        let name = piece.get("SpecialToken")?.get("id")?.as_str()?;
+        let ids = part.get("special_tokens")?.get(name)?.get("ids")?.as_array()?;
+        let side = if text_seen { &mut affixes.after } else { &mut affixes.before };
+        for id in ids {
+            side.push(u32::try_from(id.as_u64()?).ok()?);
+        }
+        if side.len() > AFFIX_TOKENS_MAX {
+            return None;
+        }
+    }
+    text_seen.then_some(affixes)
+}
+
+/// Whether a part is of one of these types, or a sequence (whose members are under `list`) of such parts.
+fn made_of(part: &Value, list: &str, types: &[&str], nesting: usize) -> bool {
+    match part.get("type").and_then(Value::as_str) {
+        Some("Sequence") if nesting > 0 => part
+            .get(list)
+            .and_then(Value::as_array)
+            .is_some_and(|members| members.iter().all(|member| made_of(member, list, types, nesting - 1))),
+        Some(kind) => types.contains(&kind),
+        None => false,
+    }
+}
+
+/// Whether a part is of this type or a sequence with one that is.
+fn holds(part: &Value, list: &str, kind: &str) -> bool {
+    part.get("type").is_some_and(|found| found == kind)
+        || part
+            .get(list)
+            .and_then(Value::as_array)
+            .is_some_and(|members| members.iter().any(|member| member.get("type").is_some_and(|found| found == kind)))
+}
