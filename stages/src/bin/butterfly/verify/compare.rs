@@ -1,0 +1,218 @@
+//! Compares what a client sent and received with what was certified, field by field: a client's body leaves out defaults, so
+//! it has no digest of its own. A field that was certified and differs is a fault; a field that nothing certifies is listed.
+
+use butterfly_verify::{Answer, Finish, Input, Mode, Request};
+use serde_json::Value;
+
+use super::{Fault, quoted};
+
+/// Which fields were compared, and which were not because nothing certifies them.
+#[derive(Debug, Default)]
+pub(super) struct Comparison {
+    pub(super) compared: Vec<String>,
+    pub(super) skipped: Vec<String>,
+}
+
+impl Comparison {
+    /// A body of `POST /inference` or `POST /v1/completions` against the resolved request.
+    pub(super) fn request(&mut self, body: &Value, request: &Request) -> Result<(), Fault> {
+        let Some(fields) = body.as_object() else { return Ok(()) };
+        let params = &request.params;
+        for (name, sent) in fields.iter().filter(|(_, sent)| !sent.is_null()) {
+            let certified = match name.as_str() {
+                "prompt" | "text" | "input" => self.same_input(name, sent, &request.input)?,
+                "model" => Some((sent.as_str() == Some(&*request.model), quoted(&request.model))),
+                "max_tokens" => Some((sent.as_u64() == Some(params.max_tokens.into()), params.max_tokens.to_string())),
+                "temperature" => Some(same_float(sent, params.temperature)),
+                "top_p" => Some(same_float(sent, params.top_p)),
+                "top_k" => Some((sent.as_u64() == Some(params.top_k.into()), params.top_k.to_string())),
+                "presence_penalty" => Some(same_float(sent, params.presence_penalty)),
+                "frequency_penalty" => Some(same_float(sent, params.frequency_penalty)),
+                "ignore_eos" => Some((sent.as_bool() == Some(params.ignore_eos), params.ignore_eos.to_string())),
+                "logit_bias" => Some((same_bias(sent, &params.logit_bias), format!("{:?}", params.logit_bias))),
+                "stop" => Some((same_stop(sent, &params.stop), format!("{:?}", params.stop))),
+                "verify" => Some(same_mode(sent, request.mode)),
+                "butterfly" => sent.get("verify").map(|verify| same_mode(verify, request.mode)),
+                _ => None,
+            };
+            self.note("request", name, sent, certified)?;
+        }
+        Ok(())
+    }
+
+    fn same_input(&self, name: &str, sent: &Value, input: &Input) -> Result<Option<(bool, String)>, Fault> {
+        let same = match input {
+            Input::Text { prompt, .. } => is_or_contains(sent, |value| value.as_str() == Some(prompt)),
+            Input::Tokens { tokens } => {
+                same_tokens(sent, tokens)
+                    || sent.as_array().is_some_and(|all| all.iter().any(|one| same_tokens(one, tokens)))
+            }
+            Input::Vector { values } => same_floats(sent, values),
+        };
+        let certified = match input {
+            Input::Text { prompt, .. } => quoted(prompt),
+            Input::Tokens { tokens } => format!("{} tokens", tokens.len()),
+            Input::Vector { values } => format!("a vector of {}", values.len()),
+        };
+        if self.compared.iter().any(|field| field.starts_with("request.") && is_input(&field["request.".len()..])) {
+            return Err(Fault::new(format!("request: {name}"), "the body has more than one input"));
+        }
+        Ok(Some((same, certified)))
+    }
+
+    /// A response of either route against the answer.
+    pub(super) fn response(&mut self, body: &Value, answer: &Answer, request: Option<&Request>) -> Result<(), Fault> {
+        if let Some(error) = body.get("error") {
+            let message = error.get("message").and_then(Value::as_str).unwrap_or("no message");
+            return Err(Fault::new("response", format!("it is an error, not an answer: {message}")));
+        }
+        match (answer, body.get("choices")) {
+            (Answer::Text { choice, .. }, Some(choices)) => {
+                let wanted = |one: &&Value| one.get("index").and_then(Value::as_u64).unwrap_or(0) == u64::from(*choice);
+                let one = choices.as_array().into_iter().flatten().find(wanted);
+                let one = one.ok_or_else(|| Fault::new("response: choices", format!("there is no choice {choice}")))?;
+                self.text(one, answer, request)?;
+            }
+            _ => self.text(body, answer, request)?,
+        }
+        if let Some(usage) = body.get("usage") {
+            self.usage(usage, answer)?;
+        }
+        if !self.compared.iter().any(|field| field.starts_with("response.")) {
+            return Err(Fault::new("response", "it has nothing of the answer in it"));
+        }
+        Ok(())
+    }
+
+    /// A choice of a completion, or a result that holds text or a vector itself.
+    fn text(&mut self, body: &Value, answer: &Answer, request: Option<&Request>) -> Result<(), Fault> {
+        let Some(fields) = body.as_object() else { return Ok(()) };
+        for (name, received) in fields.iter().filter(|(_, received)| !received.is_null()) {
+            let certified = match (name.as_str(), answer) {
+                ("text", Answer::Text { text, .. }) => {
+                    let text = String::from_utf8_lossy(text);
+                    Some((received.as_str() == Some(&*text), quoted(&text)))
+                }
+                ("finish_reason", Answer::Text { finish, .. }) => {
+                    let finish = finish_reason(*finish);
+                    Some((received.as_str() == Some(finish), finish.to_owned()))
+                }
+                ("token_ids", Answer::Text { tokens, .. }) => {
+                    Some((same_tokens(received, tokens), format!("{} tokens", tokens.len())))
+                }
+                ("prompt_token_ids", _) => request
+                    .and_then(|request| request.input.tokens())
+                    .map(|tokens| (same_tokens(received, tokens), format!("{} tokens", tokens.len()))),
+                ("output", Answer::Vector { values }) => {
+                    Some((same_floats(received, values), format!("a vector of {}", values.len())))
+                }
+                ("text" | "finish_reason" | "token_ids" | "output", _) => {
+                    Some((false, "an answer of another kind".to_owned()))
+                }
+                // These are looked at on their own.
+                ("usage" | "choices", _) => continue,
+                _ => None,
+            };
+            self.note("response", name, received, certified)?;
+        }
+        Ok(())
+    }
+
+    fn usage(&mut self, usage: &Value, answer: &Answer) -> Result<(), Fault> {
+        let Answer::Text { tokens, prompt_tokens, .. } = answer else { return Ok(()) };
+        let generated = tokens.len() as u64;
+        let prompt = u64::from(*prompt_tokens);
+        for (name, certified) in
+            [("prompt_tokens", prompt), ("completion_tokens", generated), ("total_tokens", prompt + generated)]
+        {
+            if let Some(received) = usage.get(name) {
+                let same = received.as_u64() == Some(certified);
+                self.note("response", &format!("usage.{name}"), received, Some((same, certified.to_string())))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Notes a field as compared or skipped, or faults it. `certified` is whether it agrees, and with what.
+    fn note(&mut self, side: &str, name: &str, given: &Value, certified: Option<(bool, String)>) -> Result<(), Fault> {
+        match certified {
+            None => self.skipped.push(format!("{side}.{name}")),
+            Some((true, _)) => self.compared.push(format!("{side}.{name}")),
+            Some((false, certified)) => {
+                let given = match given {
+                    Value::String(text) => quoted(text),
+                    Value::Array(values) if values.len() > 8 => format!("a list of {}", values.len()),
+                    other => other.to_string(),
+                };
+                return Err(Fault::new(
+                    format!("{side}: {name}"),
+                    format!("{given} was given, {certified} was certified"),
+                ));
+            }
+        }
+        Ok(())
+    }
+}
+
+fn is_input(field: &str) -> bool {
+    matches!(field, "prompt" | "text" | "input")
+}
+
+fn finish_reason(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Stop => "stop",
+        Finish::Length => "length",
+    }
+}
+
+fn same_mode(sent: &Value, mode: Mode) -> (bool, String) {
+    let mode = match mode {
+        Mode::None => "none",
+        Mode::Quorum => "quorum",
+        Mode::Full => "full",
+    };
+    (sent.as_str() == Some(mode), mode.to_owned())
+}
+
+/// A JSON number means the nearest f32, as it did to the gateway.
+fn same_float(sent: &Value, certified: f32) -> (bool, String) {
+    (sent.as_f64().is_some_and(|sent| sent as f32 == certified), certified.to_string())
+}
+
+fn same_floats(given: &Value, certified: &[f32]) -> bool {
+    given.as_array().is_some_and(|given| {
+        given.len() == certified.len()
+            && given.iter().zip(certified).all(|(given, certified)| same_float(given, *certified).0)
+    })
+}
+
+fn same_tokens(given: &Value, certified: &[u32]) -> bool {
+    given.as_array().is_some_and(|given| {
+        given.len() == certified.len()
+            && given.iter().zip(certified).all(|(given, certified)| given.as_u64() == Some(u64::from(*certified)))
+    })
+}
+
+fn same_bias(sent: &Value, certified: &[(u32, f32)]) -> bool {
+    sent.as_object().is_some_and(|sent| {
+        sent.len() == certified.len()
+            && certified
+                .iter()
+                .all(|(token, bias)| sent.get(&token.to_string()).is_some_and(|sent| same_float(sent, *bias).0))
+    })
+}
+
+fn same_stop(sent: &Value, certified: &[String]) -> bool {
+    match sent {
+        Value::String(one) => certified == [one.as_str()],
+        Value::Array(all) => {
+            all.len() == certified.len()
+                && all.iter().zip(certified).all(|(sent, certified)| sent.as_str() == Some(certified))
+        }
+        _ => false,
+    }
+}
+
+fn is_or_contains(value: &Value, holds: impl Fn(&Value) -> bool) -> bool {
+    holds(value) || value.as_array().is_some_and(|all| all.iter().any(holds))
+}
