@@ -1,8 +1,7 @@
 //! The cluster: who takes part, what they run and how many of them may lie.
 //!
 //! Invariants of a [`Cluster`] that came from [`crate::parse`]: ids, addresses and keys are each distinct, there are at
-//! least 2f+1 nodes, and every key has the form of a compressed secp256k1 point. Whether the key is a point of the curve
-//! is for whoever links a curve; this module refuses to know any cryptography.
+//! least 2f+1 nodes, and every key is a point of secp256k1. What the keys are used for is not known here.
 
 use std::net::SocketAddr;
 use std::time::Duration;

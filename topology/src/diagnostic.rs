@@ -227,6 +227,9 @@ impl Diagnostic {
 /// Text of the file, quoted for a message: control characters escaped, long texts cut.
 #[must_use]
 pub(crate) fn quote(text: &str) -> String {
+    if text.is_empty() {
+        return "an empty text".to_owned();
+    }
     let mut quoted = String::from("`");
     for (index, character) in text.chars().enumerate() {
         if index == QUOTE_CHARS_MAX {

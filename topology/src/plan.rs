@@ -123,7 +123,7 @@ pub enum PlanError {
     #[error("{0}")]
     InsufficientResources(Lack),
     /// The strategy needs measurements that are not there.
-    #[error("{} has no measured {what}", names(nodes))]
+    #[error("{what} of {} is not known", names(nodes))]
     Unmeasured {
         /// `compute`, `bandwidth` or `domain`.
         what: &'static str,
@@ -211,7 +211,7 @@ pub enum Lack {
 fn names(nodes: &[NodeId]) -> String {
     const NAMES_SHOWN_MAX: usize = 5;
     let shown: Vec<&str> = nodes.iter().take(NAMES_SHOWN_MAX).map(NodeId::as_str).collect();
-    let word = if nodes.len() == 1 { "node" } else { "each of the nodes" };
+    let word = if nodes.len() == 1 { "node" } else { "nodes" };
     let more = match nodes.len().saturating_sub(NAMES_SHOWN_MAX) {
         0 => String::new(),
         more => format!(" and {more} more"),
@@ -235,5 +235,5 @@ pub(crate) fn bytes_text(bytes: u64) -> String {
             };
         }
     }
-    format!("{bytes} bytes")
+    if bytes == 1 { "1 byte".to_owned() } else { format!("{bytes} bytes") }
 }

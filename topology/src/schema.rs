@@ -149,21 +149,33 @@ pub(crate) fn read<'c>(text: &str, catalogue: &'c Catalogue, problems: &mut Vec<
         return None;
     }
     let (root, errors) = DeTable::parse_recoverable(text);
-    if !errors.is_empty() {
-        problems.extend(errors.iter().map(syntax));
+    problems.extend(errors.iter().map(|error| syntax(error, text)));
+    // A key that is there twice leaves a tree that can be read; after any other error its shape is a guess.
+    if errors.iter().any(|error| error.message() != DUPLICATE_KEY) {
         return None;
     }
     let mut reader = Reader { catalogue, problems };
     Some(reader.root(root.get_ref()))
 }
 
-fn syntax(error: &toml::de::Error) -> Diagnostic {
+/// The parser's words for a key that is there twice.
+const DUPLICATE_KEY: &str = "duplicate key";
+
+fn syntax(error: &toml::de::Error, text: &str) -> Diagnostic {
     let message = error.message().replace('\n', "; ");
-    let diagnostic = Diagnostic::error(Code::Syntax, message);
-    match error.span() {
-        Some(span) => diagnostic.at(span, ""),
-        None => diagnostic,
+    let Some(span) = error.span() else { return Diagnostic::error(Code::Syntax, message) };
+    if message == DUPLICATE_KEY {
+        let key = text.get(span.clone()).unwrap_or_default();
+        return Diagnostic::error(Code::Syntax, format!("{} is there twice", quote(key)))
+            .at(span, "again")
+            .help("a key or table has one value: remove one of them");
     }
+    let before = text.get(..span.start).unwrap_or_default();
+    let line = before.rsplit('\n').next().unwrap_or_default();
+    if span.is_empty() && line.trim_end().ends_with('=') {
+        return Diagnostic::error(Code::Syntax, "there is no value after `=`").at(span, "a value is missing here");
+    }
+    Diagnostic::error(Code::Syntax, message).at(span, "")
 }
 
 struct Reader<'c, 'p> {
@@ -174,8 +186,19 @@ struct Reader<'c, 'p> {
 impl<'c> Reader<'c, '_> {
     fn root(&mut self, root: &DeTable<'_>) -> Declared<'c> {
         let mut declared = Declared { cluster: None, nodes: Vec::new(), stages: Vec::new(), telemetry: None };
+        let mut meant = Vec::new();
         for (key, value) in entries(root) {
-            match &**key.get_ref() {
+            let mut name = &**key.get_ref();
+            if !TABLES.iter().any(|(known, _)| *known == name) {
+                // As with misspelt kinds, the table that was meant is read, unless it is there as well.
+                let Some(near) = self.unknown_table(name, key.span()) else { continue };
+                meant.push(near);
+                if root.contains_key(near) {
+                    continue;
+                }
+                name = near;
+            }
+            match name {
                 "cluster" => {
                     declared.cluster = self.table("[cluster]", key, value, CLUSTER_KEYS);
                 }
@@ -195,11 +218,11 @@ impl<'c> Reader<'c, '_> {
                         declared.stages.push(stage);
                     }
                 }
-                unknown => self.unknown_table(unknown, key.span()),
+                _ => {}
             }
         }
         for (name, header) in TABLES.iter().take(3) {
-            if !root.contains_key(*name) {
+            if !root.contains_key(*name) && !meant.contains(name) {
                 let message = format!("there is no `{header}`");
                 self.problems.push(Diagnostic::error(Code::MissingTable, message).help(missing_table_help(name)));
             }
@@ -207,10 +230,11 @@ impl<'c> Reader<'c, '_> {
         declared
     }
 
-    fn unknown_table(&mut self, name: &str, span: Span) {
-        let all = TABLES.map(|(name, _)| name);
+    /// Reports a table that does not exist. Gives back the one that was most likely meant.
+    fn unknown_table(&mut self, name: &str, span: Span) -> Option<&'static str> {
+        let near = suggest::nearest(name, TABLES.map(|(name, _)| name));
         let diagnostic = Diagnostic::error(Code::UnknownKey, format!("unknown table {}", quote(name)));
-        let diagnostic = match suggest::nearest(name, all) {
+        let diagnostic = match near {
             Some(near) => diagnostic.at(span, format!("did you mean {}?", quote(near))),
             None => {
                 let all = TABLES.map(|(_, header)| header).join(", ");
@@ -218,6 +242,7 @@ impl<'c> Reader<'c, '_> {
             }
         };
         self.problems.push(diagnostic);
+        near
     }
 
     /// A table that is there once.
@@ -283,6 +308,7 @@ impl<'c> Reader<'c, '_> {
         apart: &[&str],
     ) -> StageConfig {
         let mut values = StageConfig::new();
+        let mut meant = Vec::new();
         for spec in keys {
             if let Some(value) = spec.default.and_then(|text| value::default_value(&spec.value, text)) {
                 values.set(spec.name, value, None);
@@ -299,11 +325,12 @@ impl<'c> Reader<'c, '_> {
                         values.set(spec.name, read, Some(value.span()));
                     }
                 }
-                None => self.unknown_key(what, name, key.span(), keys, apart),
+                None => meant.extend(self.unknown_key(what, name, key.span(), keys, apart)),
             }
         }
         for spec in keys {
-            if spec.required && spec.default.is_none() && !table.contains_key(spec.name) {
+            let there = table.contains_key(spec.name) || meant.iter().any(|name| name == spec.name);
+            if spec.required && spec.default.is_none() && !there {
                 let message = format!("{what} has no `{}`", spec.name);
                 let label = format!("`{}` is missing", spec.name);
                 let help = format!("`{}`: {}", spec.name, spec.doc);
@@ -326,10 +353,12 @@ impl<'c> Reader<'c, '_> {
         }
     }
 
-    fn unknown_key(&mut self, what: &str, name: &str, span: Span, keys: &[KeySpec], apart: &[&str]) {
+    /// Reports a key that does not exist. Gives back the one that was most likely meant.
+    fn unknown_key(&mut self, what: &str, name: &str, span: Span, keys: &[KeySpec], apart: &[&str]) -> Option<String> {
         let diagnostic = Diagnostic::error(Code::UnknownKey, format!("unknown key {} in {what}", quote(name)));
         let known: Vec<&str> = keys.iter().map(|spec| spec.name).chain(apart.iter().copied()).collect();
-        let diagnostic = match suggest::nearest(name, known.iter().copied()) {
+        let near = suggest::nearest(name, known.iter().copied());
+        let diagnostic = match near {
             Some(near) => diagnostic.at(span, format!("did you mean {}?", quote(near))),
             None => diagnostic
                 .at(span, format!("not a key of {what}"))
@@ -337,6 +366,7 @@ impl<'c> Reader<'c, '_> {
                 .help(format!("the keys are {}", list(&known))),
         };
         self.problems.push(diagnostic);
+        near.map(str::to_owned)
     }
 
     /// The kinds that have a key which this stage has not.
@@ -463,7 +493,7 @@ impl<'c> Reader<'c, '_> {
         self.problems.push(
             Diagnostic::error(Code::UnknownChoice, format!("`full` of {what} cannot be {}", quote(&word)))
                 .at(span, format!("`{}` has no client that it could refuse", signature.kind))
-                .help(format!("a stage of kind `{}` can {}", signature.kind, list(&words))),
+                .help(format!("a stage of kind `{}` can only {}", signature.kind, list(&words))),
         );
         default
     }

@@ -160,7 +160,7 @@ pub(crate) fn type_name(value: &DeValue<'_>) -> &'static str {
     match value {
         DeValue::String(_) => "text",
         DeValue::Integer(_) => "a whole number",
-        DeValue::Float(_) => "a number",
+        DeValue::Float(_) => "a decimal number",
         DeValue::Boolean(_) => "a flag",
         DeValue::Datetime(_) => "a date",
         DeValue::Array(_) => "a list",
@@ -195,7 +195,8 @@ pub(crate) fn read(spec: &ValueSpec, value: &DeValue<'_>) -> Result<ConfigValue,
         (ValueSpec::Flag, DeValue::Boolean(flag)) => Ok(ConfigValue::Flag(*flag)),
         (ValueSpec::Bytes { min, max }, DeValue::Integer(text)) => {
             let number = u64::from_str_radix(text.as_str(), text.radix()).ok();
-            bytes_within(number, *min, *max)
+            let hint = "a number without a unit counts bytes; with one it is text, such as \"4 GiB\"";
+            bytes_within(number, *min, *max).map_err(|fault| fault.help(hint))
         }
         (ValueSpec::Bytes { min, max }, DeValue::String(text)) => bytes_within(parse_bytes(text)?, *min, *max),
         (
@@ -291,6 +292,9 @@ fn parse_bytes(text: &str) -> Result<Option<u64>, ValueFault> {
     let split = trimmed.find(|c: char| !(c.is_ascii_digit() || c == '.')).unwrap_or(trimmed.len());
     let (digits, unit) = trimmed.split_at(split);
     let unit = unit.trim();
+    if digits.is_empty() {
+        return Err(fault().help("write it as 4096, \"4 GiB\" or \"1.5 GiB\""));
+    }
     let size = if unit.is_empty() {
         1
     } else {

@@ -99,7 +99,7 @@ fn head(table: &Table, declared: &Declared<'_>, problems: &mut Vec<Diagnostic>) 
 }
 
 fn quorum(f: usize, place: Span, slices: Option<(usize, Span)>, count: usize, problems: &mut Vec<Diagnostic>) {
-    let message = format!("{} too few to tolerate {f} that lie", nodes_are(count));
+    let message = format!("{} too few to tolerate {f} that lie{}", nodes_are(count), if f == 1 { "s" } else { "" });
     let mut diagnostic =
         Diagnostic::error(Code::Quorum, message).at(place, format!("needs 2 × {f} + 1 = {} nodes", 2 * f + 1));
     if let Some((slices, place)) = slices {
@@ -158,7 +158,11 @@ fn public_key(node: &Table, problems: &mut Vec<Diagnostic>) -> Option<[u8; 33]> 
     let mut key = [0; KEY_BYTES];
     let digits = text.chars().count();
     let (message, label) = match hex::decode_to_slice(text, &mut key) {
-        Ok(()) if matches!(key.first(), Some(2 | 3)) => return Some(key),
+        Ok(()) if k256::PublicKey::from_sec1_bytes(&key).is_ok() => return Some(key),
+        Ok(()) if matches!(key.first(), Some(2 | 3)) => (
+            "this is not a public key: no point of secp256k1 has these coordinates".to_owned(),
+            "not a point".to_owned(),
+        ),
         Ok(()) => {
             let message = "a public key is a compressed point and starts with 02 or 03".to_owned();
             (message, format!("starts with {}", quote(text.get(..2).unwrap_or_default())))

@@ -30,7 +30,7 @@ pub(super) fn resolve(stages: &[StageDecl<'_>], problems: &mut Vec<Diagnostic>) 
     let before = problems.len();
     let by_name = names(stages, problems);
     let broken = |stage: &StageDecl<'_>| stage.inputs_broken || stage.signature.is_none() || stage.name.is_none();
-    let mut complete = !stages.iter().any(broken);
+    let mut complete = !stages.iter().any(broken) && problems.len() == before;
     let mut all = Vec::new();
     for (to, stage) in stages.iter().enumerate() {
         for input in &stage.inputs {
@@ -44,9 +44,9 @@ pub(super) fn resolve(stages: &[StageDecl<'_>], problems: &mut Vec<Diagnostic>) 
         }
     }
     used_twice(stages, &all, problems);
-    missing_inputs(stages, &all, problems);
+    let wanted = missing_inputs(stages, &all, problems);
     if complete {
-        unused_outputs(stages, &all, problems);
+        unused_outputs(stages, &all, &wanted, problems);
     }
     Wires { complete: complete && problems.len() == before, all }
 }
@@ -95,7 +95,7 @@ impl Resolver<'_, '_> {
         let fitting: Vec<&'static PortSpec> = outputs.iter().copied().filter(|output| fits(output)).collect();
         let output = match fitting.as_slice() {
             [output] => *output,
-            [] => return Err(mismatch(source, target, &outputs, &inputs, stage, input)),
+            [] => return Err(self.mismatch(source, target, &outputs, &inputs, stage, input)),
             several => return Err(ambiguous_output(several, target, input)),
         };
         let entering: Vec<&'static PortSpec> = inputs.iter().copied().filter(|port| port.item == output.item).collect();
@@ -105,6 +105,55 @@ impl Resolver<'_, '_> {
             }
             several => Err(ambiguous_input(several, output, target, input)),
         }
+    }
+
+    fn mismatch(
+        &self,
+        source: &KindSignature,
+        target: &KindSignature,
+        outputs: &[&'static PortSpec],
+        inputs: &[&'static PortSpec],
+        stage: &StageDecl<'_>,
+        input: &InputDecl,
+    ) -> NoWire {
+        let to = stage.name.as_ref().map_or("this stage", |name| name.as_str());
+        let from = &input.stage;
+        let span = input.span.clone();
+        let diagnostic = if target.inputs.is_empty() {
+            Diagnostic::error(Code::PortMismatch, format!("stage `{to}` takes no input"))
+                .at(span, format!("a stage of kind `{}` is where items come from", target.kind))
+        } else if source.outputs.is_empty() {
+            Diagnostic::error(Code::PortMismatch, format!("stage `{from}` has no output"))
+                .at(span, format!("a stage of kind `{}` is where items end", source.kind))
+        } else {
+            let given: BTreeSet<&str> = outputs.iter().map(|port| port.item).collect();
+            let wanted: BTreeSet<&str> = inputs.iter().map(|port| port.item).collect();
+            let given = list(&given.into_iter().collect::<Vec<_>>());
+            let wanted = list(&wanted.into_iter().collect::<Vec<_>>()).replace(" and ", " or ");
+            let other = self.giver(from, inputs);
+            Diagnostic::error(
+                Code::PortMismatch,
+                format!("stage `{from}` gives {given}, and stage `{to}` takes {wanted}"),
+            )
+            .at(span, format!("gives {given}"))
+            .help_opt(other)
+        };
+        Some(Box::new(diagnostic))
+    }
+
+    /// A port that gives what one of these takes: of the stage that was named, or else of another one.
+    fn giver(&self, named: &str, inputs: &[&'static PortSpec]) -> Option<String> {
+        let mut outputs = Vec::new();
+        for (name, index) in self.by_name {
+            let signature = self.stages.get(*index).and_then(|stage| stage.signature);
+            for output in signature.map_or(&[][..], |signature| signature.outputs) {
+                if inputs.iter().any(|input| input.item == output.item) {
+                    outputs.push((*name != named, *name, output));
+                }
+            }
+        }
+        let (_, name, output) = outputs.into_iter().min_by_key(|(other, name, _)| (*other, *name))?;
+        Some(format!("`{name}.{}` gives `{}`", output.name, output.item))
     }
 
     fn unknown_stage(&self, input: &InputDecl) -> NoWire {
@@ -126,6 +175,13 @@ fn port_names(ports: &[&'static PortSpec]) -> Vec<&'static str> {
     ports.iter().map(|port| port.name).collect()
 }
 
+fn ports_are(end: &str, names: &[&str]) -> String {
+    match names {
+        [name] => format!("the only {end} port is {}", quote(name)),
+        names => format!("the {end} ports are {}", list(names)),
+    }
+}
+
 fn unknown_output(source: &KindSignature, port: &str, input: &InputDecl) -> NoWire {
     let names: Vec<&str> = source.outputs.iter().map(|port| port.name).collect();
     let message = format!("stage `{}` has no output port {}", input.stage, quote(port));
@@ -137,9 +193,9 @@ fn unknown_output(source: &KindSignature, port: &str, input: &InputDecl) -> NoWi
     let help = if names.is_empty() {
         format!("a stage of kind `{}` has no output", source.kind)
     } else if source.input(port).is_some() {
-        format!("{} is an input port; the output ports are {}", quote(port), list(&names))
+        format!("{} is an input port; {}", quote(port), ports_are("output", &names))
     } else {
-        format!("the output ports are {}", list(&names))
+        ports_are("output", &names)
     };
     Some(Box::new(diagnostic.help(help)))
 }
@@ -154,38 +210,8 @@ fn unknown_input(target: &KindSignature, port: &str, span: &Span) -> NoWire {
     };
     Some(Box::new(match names.is_empty() {
         true => diagnostic.help("it takes no input"),
-        false => diagnostic.help(format!("the input ports are {}", list(&names))),
+        false => diagnostic.help(ports_are("input", &names)),
     }))
-}
-
-fn mismatch(
-    source: &KindSignature,
-    target: &KindSignature,
-    outputs: &[&'static PortSpec],
-    inputs: &[&'static PortSpec],
-    stage: &StageDecl<'_>,
-    input: &InputDecl,
-) -> NoWire {
-    let to = stage.name.as_ref().map_or("this stage", |name| name.as_str());
-    let from = &input.stage;
-    let span = input.span.clone();
-    let diagnostic = if target.inputs.is_empty() {
-        Diagnostic::error(Code::PortMismatch, format!("stage `{to}` takes no input"))
-            .at(span, format!("a stage of kind `{}` is where items come from", target.kind))
-    } else if source.outputs.is_empty() {
-        Diagnostic::error(Code::PortMismatch, format!("stage `{from}` has no output"))
-            .at(span, format!("a stage of kind `{}` is where items end", source.kind))
-    } else {
-        let given: BTreeSet<&str> = outputs.iter().map(|port| port.item).collect();
-        let wanted: BTreeSet<&str> = inputs.iter().map(|port| port.item).collect();
-        let given = list(&given.into_iter().collect::<Vec<_>>());
-        let wanted = list(&wanted.into_iter().collect::<Vec<_>>()).replace(" and ", " or ");
-        let other = source.outputs.iter().find(|port| inputs.iter().any(|input| input.item == port.item));
-        Diagnostic::error(Code::PortMismatch, format!("stage `{from}` gives {given}, and stage `{to}` takes {wanted}"))
-            .at(span, format!("gives {given}"))
-            .help_opt(other.map(|port| format!("`{from}.{}` gives `{}`", port.name, port.item)))
-    };
-    Some(Box::new(diagnostic))
 }
 
 fn ambiguous_output(several: &[&'static PortSpec], target: &KindSignature, input: &InputDecl) -> NoWire {
@@ -240,7 +266,9 @@ fn used_twice(stages: &[StageDecl<'_>], wires: &[Wire], problems: &mut Vec<Diagn
     }
 }
 
-fn missing_inputs(stages: &[StageDecl<'_>], wires: &[Wire], problems: &mut Vec<Diagnostic>) {
+/// Reports required input ports without an edge. Gives back the items they wait for.
+fn missing_inputs(stages: &[StageDecl<'_>], wires: &[Wire], problems: &mut Vec<Diagnostic>) -> BTreeSet<&'static str> {
+    let mut wanted = BTreeSet::new();
     for (index, stage) in stages.iter().enumerate() {
         let Some(signature) = stage.signature.filter(|_| !stage.inputs_broken) else { continue };
         // A reference that led nowhere may have been meant for any of the ports.
@@ -259,8 +287,10 @@ fn missing_inputs(stages: &[StageDecl<'_>], wires: &[Wire], problems: &mut Vec<D
                     .at(span, format!("nothing gives `{}`", port.item))
                     .help_opt(giver(stages, wires, index, port)),
             );
+            wanted.insert(port.item);
         }
     }
+    wanted
 }
 
 /// An output port, free so far, that would fit a port without an edge.
@@ -277,10 +307,11 @@ fn giver(stages: &[StageDecl<'_>], wires: &[Wire], to: usize, port: &PortSpec) -
     None
 }
 
-fn unused_outputs(stages: &[StageDecl<'_>], wires: &[Wire], problems: &mut Vec<Diagnostic>) {
+/// Reports required output ports without an edge, except those of items that an input was reported to wait for.
+fn unused_outputs(stages: &[StageDecl<'_>], wires: &[Wire], wanted: &BTreeSet<&str>, problems: &mut Vec<Diagnostic>) {
     for (index, stage) in stages.iter().enumerate() {
         let (Some(signature), Some(name)) = (stage.signature, &stage.name) else { continue };
-        for port in signature.outputs.iter().filter(|port| port.required) {
+        for port in signature.outputs.iter().filter(|port| port.required && !wanted.contains(port.item)) {
             if wires.iter().any(|wire| wire.from == index && wire.output.name == port.name) {
                 continue;
             }

@@ -7,8 +7,10 @@ use crate::schema::StageDecl;
 
 use super::edges::{Wire, Wires};
 
-/// The stages' positions in the file, upstream first. `None` when there is no such order.
+/// The stages' positions in the file, upstream first. `None` when there is no such order, or something else is wrong
+/// with the order, which is reported.
 pub(super) fn check(stages: &[StageDecl<'_>], wires: &Wires, problems: &mut Vec<Diagnostic>) -> Option<Vec<usize>> {
+    let before = problems.len();
     let forward: Vec<&Wire> = wires.all.iter().filter(|wire| wire.feedback.is_none()).collect();
     let order = upstream_first(stages.len(), &forward);
     let ordered = order.len() == stages.len();
@@ -20,7 +22,7 @@ pub(super) fn check(stages: &[StageDecl<'_>], wires: &Wires, problems: &mut Vec<
         feedback_without_loop(stages, wires, problems);
     }
     unreachable(stages, wires, &in_cycles, problems);
-    ordered.then_some(order)
+    (ordered && problems.len() == before).then_some(order)
 }
 
 /// Kahn's algorithm; of several stages that are free, the first of the file goes first.
@@ -170,15 +172,11 @@ fn unreachable(stages: &[StageDecl<'_>], wires: &Wires, in_cycles: &BTreeSet<usi
             reached.insert(index);
         }
     }
-    let mut queue: VecDeque<usize> = reached.iter().copied().collect();
-    while let Some(stage) = queue.pop_front() {
-        for wire in wires.all.iter().filter(|wire| wire.from == stage) {
-            if reached.insert(wire.to) {
-                queue.push_back(wire.to);
-            }
-        }
-    }
-    for (index, stage) in stages.iter().enumerate().filter(|(index, _)| !reached.contains(index)) {
+    flood(&mut reached, wires);
+    // Of a row of such stages the first is reported, and of a ring one: the others follow from it.
+    let first_then_rings = (0..stages.len()).filter(|index| entering(*index).next().is_none()).chain(0..stages.len());
+    for index in first_then_rings {
+        let Some(stage) = stages.get(index).filter(|_| !reached.contains(&index)) else { continue };
         let name = stage.name.as_ref().map_or("this stage", |name| name.as_str());
         let label = match entering(index).next() {
             None => "it has no `input`",
@@ -189,5 +187,19 @@ fn unreachable(stages: &[StageDecl<'_>], wires: &Wires, in_cycles: &BTreeSet<usi
                 .at(stage.name_span.clone(), label)
                 .help("give it an `input`, or remove it"),
         );
+        reached.insert(index);
+        flood(&mut reached, wires);
+    }
+}
+
+/// Adds every stage that the stages of `reached` lead to.
+fn flood(reached: &mut BTreeSet<usize>, wires: &Wires) {
+    let mut queue: VecDeque<usize> = reached.iter().copied().collect();
+    while let Some(stage) = queue.pop_front() {
+        for wire in wires.all.iter().filter(|wire| wire.from == stage) {
+            if reached.insert(wire.to) {
+                queue.push_back(wire.to);
+            }
+        }
     }
 }
