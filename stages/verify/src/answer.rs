@@ -5,7 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::codec::{DecodeError, Reader, Writer};
+use crate::codec::{DecodeError, DecodeProblem, Reader, Writer};
 use crate::digest::{Digest, Purpose, hash};
 use crate::limits::{ANSWER_BYTES_MAX, ANSWER_TEXT_BYTES_MAX, TOKENS_MAX, VALUES_MAX};
 use crate::request::Request;
@@ -154,11 +154,11 @@ impl Answer {
         Ok(())
     }
 
-    /// Whether the answer keeps the bounds of its encoding.
-    pub(crate) fn is_bounded(&self) -> bool {
+    /// Whether the encoding would be read again: lengths within their limits, numbers finite.
+    pub(crate) fn is_readable(&self) -> bool {
         match self {
             Self::Text { tokens, text, .. } => tokens.len() <= TOKENS_MAX && text.len() <= ANSWER_TEXT_BYTES_MAX,
-            Self::Vector { values } => values.len() <= VALUES_MAX,
+            Self::Vector { values } => values.len() <= VALUES_MAX && values.iter().all(|value| value.is_finite()),
             Self::Numeric { tokens, .. } => tokens.len() <= TOKENS_MAX,
         }
     }
@@ -188,7 +188,14 @@ fn read(reader: &mut Reader<'_>) -> Result<Answer, DecodeError> {
             prompt_tokens: reader.u32("answer.prompt_tokens")?,
             choice: reader.u32("answer.choice")?,
         },
-        Kind::Vector => Answer::Vector { values: reader.floats("answer.values", VALUES_MAX)? },
+        Kind::Vector => {
+            let before = reader.clone();
+            let values = reader.floats("answer.values", VALUES_MAX)?;
+            if !values.iter().all(|value| value.is_finite()) {
+                before.error("answer.values", DecodeProblem::NotFinite)?;
+            }
+            Answer::Vector { values }
+        }
         Kind::Numeric => Answer::Numeric {
             tokens: reader.tokens("answer.tokens", TOKENS_MAX)?,
             prompt_tokens: reader.u32("answer.prompt_tokens")?,

@@ -33,6 +33,9 @@ pub enum DecodeProblem {
         /// The limit.
         max: usize,
     },
+    /// A number that is NaN or infinite.
+    #[error("not a finite number")]
+    NotFinite,
     /// A list that must not be empty.
     #[error("must not be empty")]
     Empty,

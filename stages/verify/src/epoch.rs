@@ -12,6 +12,7 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::codec::Writer;
 use crate::digest::{Digest, Purpose, hash};
 use crate::limits::{MAX_BYZANTINE_MAX, MEMBERS_MAX, NAME_BYTES_MAX, SLICES_MAX, TOKENS_MAX, VALUES_MAX};
+use crate::request::{Input, Request};
 use crate::rules::Rules;
 use crate::text::{self, JsonError};
 
@@ -203,6 +204,25 @@ pub enum EpochError {
     },
 }
 
+/// A request that asks for more than the epoch allows.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}: the request needs {found}, but the epoch allows {max}")]
+pub struct OverLimit {
+    /// What there is too much of.
+    pub what: &'static str,
+    /// How much the request needs.
+    pub found: usize,
+    /// How much the epoch allows.
+    pub max: u32,
+}
+
+impl OverLimit {
+    fn check(what: &'static str, found: usize, max: u32) -> Result<(), Self> {
+        let fits = u32::try_from(found).is_ok_and(|found| found <= max);
+        if fits { Ok(()) } else { Err(Self { what, found, max }) }
+    }
+}
+
 /// A valid epoch. Reads like its [`EpochParts`].
 #[derive(Clone)]
 pub struct Epoch {
@@ -252,6 +272,19 @@ impl Epoch {
     /// The replica set of a slice; empty for a slice that does not exist.
     pub fn replicas(&self, slice: u16) -> &[NodeIndex] {
         self.parts.slices.get(usize::from(slice)).map_or(&[], |slice| &slice.replicas)
+    }
+
+    /// Whether a request keeps the limits of this epoch.
+    pub fn admits(&self, request: &Request) -> Result<(), OverLimit> {
+        let limits = &self.parts.limits;
+        match &request.input {
+            Input::Vector { values } => OverLimit::check("values", values.len(), limits.values_max),
+            Input::Text { tokens, .. } | Input::Tokens { tokens } => {
+                // The last token generated takes no position.
+                let generated = usize::try_from(request.params.max_tokens).unwrap_or(usize::MAX).saturating_sub(1);
+                OverLimit::check("positions", tokens.len().saturating_add(generated), limits.positions_max)
+            }
+        }
     }
 
     /// Reads the JSON form.

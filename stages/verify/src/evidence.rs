@@ -43,18 +43,18 @@ pub enum Charge {
         /// The other.
         second: Box<SignedVote>,
     },
-    /// A vote with the same input as f+1 others and another output.
+    /// A vote with the same input as f+1 equal ones and another output.
     WrongOutput {
         /// The vote of the accused.
         vote: Box<SignedVote>,
-        /// f+1 votes of others.
+        /// The f+1 votes it contradicts.
         certificate: SliceCertificate,
     },
-    /// A vote whose input or positions are not those that f+1 others of its slice were given.
+    /// A vote whose input or positions are not those for which f+1 votes certify its slice.
     WrongInput {
         /// The vote of the accused.
         vote: Box<SignedVote>,
-        /// f+1 votes of others.
+        /// The f+1 votes it contradicts.
         certificate: SliceCertificate,
     },
     /// A vote that agrees, with a work tag that whoever did the work would not have made.
@@ -215,7 +215,7 @@ impl Evidence {
         Ok(vote.check(epoch)?)
     }
 
-    /// The accused's vote against f+1 others; returns one of these.
+    /// The accused's vote against a certificate of its slice; returns one of the certificate's votes.
     fn check_against<'a>(
         &self,
         epoch: &Epoch,

@@ -45,7 +45,7 @@ pub use answer::{Answer, Finish, Misfit};
 pub use boundary::{BoundaryRoot, Interior, boundary0, work_tag};
 pub use codec::{DecodeError, DecodeProblem};
 pub use digest::Digest;
-pub use epoch::{Epoch, EpochError, EpochParts, Limits, Member, NodeIndex, PublicKey, SliceReplicas};
+pub use epoch::{Epoch, EpochError, EpochParts, Limits, Member, NodeIndex, OverLimit, PublicKey, SliceReplicas};
 pub use evidence::{Charge, Evidence, EvidenceFault, EvidenceKind, Grade};
 pub use receipt::{Receipt, ReceiptFault, SliceCertificate, Verified};
 pub use request::{Input, Mode, Params, Request, RequestError, RequestParts};

@@ -35,7 +35,5 @@ pub const ANSWER_BYTES_MAX: usize = 24 << 20;
 pub const BATCH_ITEMS_MAX: usize = 1024;
 /// Bytes of a batch as it travels.
 pub const BATCH_BYTES_MAX: usize = 64 << 20;
-/// Digests in the path from a leaf to the root of a batch of [`BATCH_ITEMS_MAX`].
-pub const PATH_DIGESTS_MAX: usize = 11;
 /// Bytes of JSON read for an epoch, a receipt, a request, an answer or evidence.
 pub const JSON_BYTES_MAX: usize = 128 << 20;

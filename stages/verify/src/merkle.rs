@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use crate::digest::{Digest, Purpose};
 use crate::epoch::NodeIndex;
-use crate::limits::{BATCH_ITEMS_MAX, PATH_DIGESTS_MAX};
+use crate::limits::BATCH_ITEMS_MAX;
 use crate::rules::{Rule, Rules};
 
 const LEAF: u8 = 0;
@@ -108,7 +108,7 @@ pub(crate) fn root_of(leaf: &Digest, index: u32, count: u32, path: &[Digest]) ->
     // The tree is an array of 2 · count - 1 nodes whose leaves come last; node i is floor(log2(i + 1)) deep.
     let place = index.saturating_add(count).saturating_sub(1);
     let expected = usize::try_from(place.saturating_add(1).ilog2()).unwrap_or(usize::MAX);
-    if path.len() != expected || expected > PATH_DIGESTS_MAX {
+    if path.len() != expected {
         return Err(PathError::Length { found: path.len(), expected });
     }
     MerkleProof::<Digest, Sha256Merge>::new(vec![place], path.to_vec())

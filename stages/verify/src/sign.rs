@@ -38,8 +38,8 @@ pub enum SignError {
         /// Items given.
         items: usize,
     },
-    /// An answer is larger than its encoding allows.
-    #[error("the answer of ballot {index} is too large")]
+    /// An answer that no receiver would read: too large, or with a number that is not finite.
+    #[error("the answer of ballot {index} is too large or not finite")]
     Answer {
         /// The ballot.
         index: usize,
@@ -147,7 +147,7 @@ impl Signer {
             writer.raw(vote);
             writer.flag(ballot.answer.is_some());
             if let Some(answer) = &ballot.answer {
-                if !answer.is_bounded() {
+                if !answer.is_readable() {
                     return Err(SignError::Answer { index });
                 }
                 writer.bytes(&answer.encode());
@@ -198,7 +198,7 @@ impl Epoch {
     /// Opens a batch of ballots that `sender`, authenticated by its link, has sent. Total on any bytes; one signature is
     /// checked for all.
     pub fn open_ballots(&self, bytes: &[u8], sender: NodeIndex) -> Result<Vec<SignedBallot>, OpenError> {
-        let (mut reader, count) = self.open_header(bytes, sender, Purpose::Votes, VOTE_BYTES + 1)?;
+        let (mut reader, signer, count) = self.open_header(bytes, sender, Purpose::Votes, VOTE_BYTES + 1)?;
         let mut votes = Vec::with_capacity(count);
         let mut ballots = Vec::with_capacity(count);
         for _ in 0..count {
@@ -210,18 +210,18 @@ impl Epoch {
             };
             ballots.push(Ballot { vote, answer });
         }
-        let (tree, signature) = self.open_signature(reader, sender, Purpose::Votes, votes)?;
-        Ok(signed_ballots(self.digest(), sender, &tree, signature, ballots))
+        let (tree, signature) = self.open_signature(reader, signer, Purpose::Votes, votes)?;
+        Ok(signed_ballots(self.digest(), signer, &tree, signature, ballots))
     }
 
     /// Opens a batch of PrePrepares that `sender`, authenticated by its link, has sent. Total on any bytes.
     pub fn open_pre_prepares(&self, bytes: &[u8], sender: NodeIndex) -> Result<Vec<PrePrepare>, OpenError> {
-        let (mut reader, count) = self.open_header(bytes, sender, Purpose::PrePrepares, 8)?;
+        let (mut reader, signer, count) = self.open_header(bytes, sender, Purpose::PrePrepares, 8)?;
         let mut encoded = Vec::with_capacity(count);
         for _ in 0..count {
             encoded.push(reader.bytes("pre_prepare", REQUEST_BYTES_MAX + 4)?);
         }
-        self.open_signature(reader, sender, Purpose::PrePrepares, encoded.iter().copied())?;
+        self.open_signature(reader, signer, Purpose::PrePrepares, encoded.iter().copied())?;
         let mut items = Vec::with_capacity(count);
         for (index, item) in encoded.into_iter().enumerate() {
             let mut reader = Reader::new(item);
@@ -239,7 +239,7 @@ impl Epoch {
         sender: NodeIndex,
         purpose: Purpose,
         item_bytes_min: usize,
-    ) -> Result<(Reader<'a>, usize), OpenError> {
+    ) -> Result<(Reader<'a>, NodeIndex, usize), OpenError> {
         if bytes.len() > BATCH_BYTES_MAX {
             return Err(OpenError::Bytes { bytes: bytes.len() });
         }
@@ -255,24 +255,24 @@ impl Epoch {
         if count == 0 {
             before.error("count", DecodeProblem::Empty)?;
         }
-        Ok((reader, count))
+        Ok((reader, claimed, count))
     }
 
     fn open_signature<'a>(
         &self,
         mut reader: Reader<'_>,
-        sender: NodeIndex,
+        signer: NodeIndex,
         purpose: Purpose,
         items: impl IntoIterator<Item = &'a [u8]>,
     ) -> Result<(BatchTree, SignatureBytes), OpenError> {
         let signature = SignatureBytes(reader.array("signature")?);
         reader.end("batch")?;
-        if self.key(sender).is_none() {
-            return Err(OpenError::Unknown { sender });
+        if self.key(signer).is_none() {
+            return Err(OpenError::Unknown { sender: signer });
         }
-        let context = Context::new(purpose, &self.digest(), sender, self.rules());
+        let context = Context::new(purpose, &self.digest(), signer, self.rules());
         let tree = BatchTree::build(&context, items).ok_or(OpenError::Signature)?;
-        if !verify(self, sender, purpose, &tree.root(), &signature) {
+        if !verify(self, signer, purpose, &tree.root(), &signature) {
             return Err(OpenError::Signature);
         }
         Ok((tree, signature))

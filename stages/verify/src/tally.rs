@@ -121,6 +121,8 @@ enum State {
 #[derive(Debug, Clone, Default)]
 struct SliceTally {
     heard: BTreeMap<NodeIndex, Heard>,
+    /// The claim with most first votes, and how many.
+    largest: Option<(Claim, usize)>,
     certified: Option<Claim>,
 }
 
@@ -170,10 +172,14 @@ impl Tally {
             events.push(TallyEvent::Ignored { signer, slice, reason });
             return events;
         }
-        if self.keep_answer(&ballot).is_err() {
+        let SignedBallot { signed, answer, .. } = ballot;
+        let output_root = signed.vote.output_root;
+        let is_kept = self.record(slice, signed, &mut events);
+        if let (true, Some(answer)) = (is_kept, answer)
+            && !self.keep_answer(slice, output_root, answer)
+        {
             events.push(TallyEvent::Ignored { signer, slice, reason: IgnoredReason::WrongAnswer });
         }
-        self.record(slice, ballot.signed, &mut events);
         self.certify(slice, &mut events);
         self.settle(&mut events);
         events
@@ -241,61 +247,58 @@ impl Tally {
         Ok(())
     }
 
-    /// Keeps the answer beside a vote of the last slice, if it is the one the vote names.
-    fn keep_answer(&mut self, ballot: &SignedBallot) -> Result<(), ()> {
-        let (Some(answer), root) = (ballot.answer(), ballot.vote().output_root) else { return Ok(()) };
-        let is_last = usize::from(ballot.vote().slice).saturating_add(1) == self.slices.len();
-        if !is_last || self.state != State::Open || self.answers.contains_key(&root) {
-            return Ok(());
-        }
-        if answer.root() != root && self.rules().hold(Rule::AnswerRoot) {
-            return Err(());
-        }
-        // A replica can bring in one answer for each vote that is kept.
-        let replicas = self.epoch.replicas(ballot.vote().slice).len();
-        if self.answers.len() < replicas.saturating_mul(2) {
-            self.answers.insert(root, answer.clone());
-        }
-        Ok(())
-    }
-
-    /// Notes a vote; finds equivocation, and contradiction of what is certified already.
-    fn record(&mut self, slice: u16, signed: SignedVote, events: &mut Vec<TallyEvent>) {
-        let Some(tally) = self.slices.get_mut(usize::from(slice)) else { return };
+    /// Notes a vote; finds equivocation, and contradiction of what is certified already. Returns whether the vote is one
+    /// of the two kept of its signer.
+    fn record(&mut self, slice: u16, signed: SignedVote, events: &mut Vec<TallyEvent>) -> bool {
+        let Some(tally) = self.slices.get_mut(usize::from(slice)) else { return false };
         let signer = signed.signer;
+        let claim = signed.vote.claim();
         let Some(heard) = tally.heard.get_mut(&signer) else {
             tally.heard.insert(signer, Heard { first: signed, second: None, accused: Vec::new() });
+            let equal = tally.heard.values().filter(|heard| heard.first.vote.claim() == claim).count();
+            if equal > tally.largest.map_or(0, |(_, count)| count) {
+                tally.largest = Some((claim, equal));
+            }
             self.accuse(slice, signer, events);
-            return;
+            return true;
         };
-        let claim = signed.vote.claim();
-        let known = |vote: &SignedVote| vote.vote.claim() == claim;
-        if known(&heard.first) || heard.second.as_ref().is_some_and(known) {
-            return;
+        if heard.votes().any(|vote| vote.vote.claim() == claim) {
+            return true;
         }
-        let earlier = [Some(&heard.first), heard.second.as_ref()];
-        let other = earlier.into_iter().flatten().find(|vote| is_equivocation(&vote.vote, &signed.vote));
+        let other = heard.votes().find(|vote| is_equivocation(&vote.vote, &signed.vote)).cloned();
         if let Some(other) = other
             && !heard.accused.contains(&EvidenceKind::Equivocation)
         {
-            let charge = Charge::Equivocation { first: Box::new(other.clone()), second: Box::new(signed.clone()) };
             heard.accused.push(EvidenceKind::Equivocation);
+            let charge = Charge::Equivocation { first: Box::new(other), second: Box::new(signed.clone()) };
             events.push(TallyEvent::Accused(Evidence::new(&self.epoch, signer, charge)));
         }
-        if heard.second.is_none() {
+        let is_second = heard.second.is_none();
+        if is_second {
             heard.second = Some(signed);
             self.accuse(slice, signer, events);
         }
+        is_second
+    }
+
+    /// Keeps the answer beside a kept vote of the last slice. Returns whether it is the one the vote names.
+    fn keep_answer(&mut self, slice: u16, output_root: Digest, answer: Answer) -> bool {
+        let is_last = usize::from(slice).saturating_add(1) == self.slices.len();
+        if !is_last || self.state != State::Open || self.answers.contains_key(&output_root) {
+            return true;
+        }
+        if answer.root() != output_root && self.rules().hold(Rule::AnswerRoot) {
+            return false;
+        }
+        self.answers.insert(output_root, answer);
+        true
     }
 
     /// Certifies a slice if its votes do, and accuses whoever contradicts.
     fn certify(&mut self, slice: u16, events: &mut Vec<TallyEvent>) {
         let needed = self.needed;
         let Some(tally) = self.slices.get_mut(usize::from(slice)) else { return };
-        if tally.certified.is_some() {
-            return;
-        }
-        let Some((claim, count)) = tally.largest_group() else { return };
+        let (None, Some((claim, count))) = (tally.certified, tally.largest) else { return };
         if count >= needed {
             tally.certified = Some(claim);
             events.push(TallyEvent::SliceCertified { slice });
@@ -316,22 +319,25 @@ impl Tally {
         let full = Mode::Full.votes(self.epoch.parts().max_byzantine);
         let Some(tally) = self.slices.get_mut(usize::from(slice)) else { return };
         let Some(certified) = tally.certified.filter(|_| self.needed == full) else { return };
-        let Some(certificate) = tally.certificate(&certified, full) else { return };
-        let Some(heard) = tally.heard.get_mut(&node) else { return };
-        for signed in [Some(&heard.first), heard.second.as_ref()].into_iter().flatten() {
-            let claim = signed.vote.claim();
-            if claim == certified {
+        let Some(heard) = tally.heard.get(&node) else { return };
+        let against: Vec<SignedVote> = heard.votes().filter(|vote| vote.vote.claim() != certified).cloned().collect();
+        for signed in against {
+            let Some(certificate) = tally.certificate(&certified, full) else { return };
+            let Some(heard) = tally.heard.get_mut(&node) else { return };
+            let is_output = signed.vote.claim().same_input(&certified);
+            let kind = if is_output { EvidenceKind::WrongOutput } else { EvidenceKind::WrongInput };
+            // Proof of the same lie says all that a contradicted output could add.
+            let is_proven = is_output && heard.accused.contains(&EvidenceKind::Equivocation);
+            if heard.accused.contains(&kind) || is_proven {
                 continue;
             }
-            let (vote, certificate) = (Box::new(signed.clone()), certificate.clone());
-            let (kind, charge) = match claim.same_input(&certified) {
-                true => (EvidenceKind::WrongOutput, Charge::WrongOutput { vote, certificate }),
-                false => (EvidenceKind::WrongInput, Charge::WrongInput { vote, certificate }),
+            heard.accused.push(kind);
+            let vote = Box::new(signed);
+            let charge = match is_output {
+                true => Charge::WrongOutput { vote, certificate },
+                false => Charge::WrongInput { vote, certificate },
             };
-            if !heard.accused.contains(&kind) {
-                heard.accused.push(kind);
-                events.push(TallyEvent::Accused(Evidence::new(&self.epoch, node, charge)));
-            }
+            events.push(TallyEvent::Accused(Evidence::new(&self.epoch, node, charge)));
         }
     }
 
@@ -402,13 +408,14 @@ impl Tally {
     }
 }
 
-impl SliceTally {
-    /// The claim with most votes, and how many.
-    fn largest_group(&self) -> Option<(Claim, usize)> {
-        let claims = || self.heard.values().map(|heard| heard.first.vote.claim());
-        claims().map(|claim| (claim, claims().filter(|other| *other == claim).count())).max_by_key(|(_, count)| *count)
+impl Heard {
+    /// The votes kept, the one that counts first.
+    fn votes(&self) -> impl Iterator<Item = &SignedVote> {
+        std::iter::once(&self.first).chain(&self.second)
     }
+}
 
+impl SliceTally {
     /// The first votes for a claim by order of signers, exactly as many as needed.
     fn certificate(&self, claim: &Claim, needed: usize) -> Option<SliceCertificate> {
         let equal = self.heard.values().map(|heard| &heard.first).filter(|signed| signed.vote.claim() == *claim);

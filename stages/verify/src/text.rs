@@ -116,8 +116,9 @@ pub(crate) mod float {
     }
 
     pub(crate) fn deserialize<'de, D: Deserializer<'de>>(deserializer: D) -> Result<f32, D::Error> {
-        // The cast rounds to nearest; what overflows to infinity is refused by the type's own rules.
-        f64::deserialize(deserializer).map(|value| value as f32)
+        // The cast rounds to nearest.
+        let value = f64::deserialize(deserializer)? as f32;
+        if value.is_finite() { Ok(value) } else { Err(serde::de::Error::custom("a number is too large for f32")) }
     }
 }
 
