@@ -13,7 +13,7 @@
 
 mod declared;
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;
 
 use std::collections::BTreeMap;
 use std::fmt;

@@ -29,6 +29,11 @@ fn minimal() -> Value {
     })
 }
 
+/// A tokenizer whose first 256 ids are the bytes; 256 is `ab`, 257 is special, 258 is `a tool`.
+pub(in super::super) fn bytes_tokenizer() -> Tokenizer {
+    parse(&minimal()).unwrap()
+}
+
 fn parse(value: &Value) -> Result<Tokenizer, TokenizerError> {
     Tokenizer::parse("tokenizer.json", value.to_string().as_bytes(), SIZE)
 }
