@@ -8,7 +8,7 @@
 //!   vectorise without being split.
 //! - Lanes at or beyond `len` may hold anything finite. Readers must not use them.
 
-use half::slice::HalfFloatSliceExt;
+use half::slice::{HalfBitsSliceExt, HalfFloatSliceExt};
 
 use crate::Numeric;
 use crate::element::{F16, F32, Format, Step};
@@ -203,9 +203,8 @@ impl<F: Format> Page<F> {
 fn rounded(values: &[f32]) -> Result<Vec<u16>, Numeric> {
     /// An f16 of this exponent is a NaN or an infinity.
     const EXPONENT: u16 = 0x7c00;
-    let mut halves = vec![half::f16::ZERO; values.len()];
-    halves.convert_from_f32_slice(values);
-    let bits: Vec<u16> = halves.iter().map(|half| half.to_bits()).collect();
+    let mut bits = vec![0; values.len()];
+    bits.reinterpret_cast_mut::<half::f16>().convert_from_f32_slice(values);
     if bits.iter().any(|bits| bits & EXPONENT == EXPONENT) {
         return Err(Numeric);
     }
@@ -219,4 +218,55 @@ fn page_for<F: Format>(pages: &mut Vec<Page<F>>, position: usize, kv_heads: usiz
         pages.push(Page::new(kv_heads, head_dim));
     }
     &mut pages[index]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Rounding differs between machines only if one of them is wrong about a tie or a neighbour of one, so those are
+    /// what this test looks at.
+    #[test]
+    fn rounding_is_to_nearest_even_everywhere_ties_are() {
+        const LARGEST: u16 = 0x7bff;
+        for low in 0..LARGEST {
+            let (a, b) = (F16::widen(low), F16::widen(low + 1));
+            let tie = a + (b - a) / 2.0;
+            let even = low + low % 2;
+            for sign in [0, 0x8000] {
+                let signed = |bits: u16| bits | sign;
+                let value = |x: f32| if sign == 0 { x } else { -x };
+                let inputs = [a, tie.next_down(), tie, tie.next_up(), b].map(value);
+                let expected = [low, low, even, low + 1, low + 1].map(signed);
+                assert_eq!(rounded(&inputs).unwrap(), expected, "{low:#x}");
+            }
+        }
+        let beyond = F16::widen(LARGEST) + 16.0;
+        assert_eq!(rounded(&[beyond.next_down()]).unwrap(), [LARGEST]);
+        for bad in [beyond, -beyond, f32::INFINITY, f32::NAN] {
+            assert_eq!(rounded(&[0.0, bad]), Err(Numeric));
+        }
+    }
+
+    #[test]
+    fn what_cannot_be_stored_changes_nothing() {
+        for (storage, bad) in
+            [(CacheStorage::F16, 65520.0), (CacheStorage::F16, f32::NAN), (CacheStorage::F32, f32::NEG_INFINITY)]
+        {
+            let mut cache = KvCache::with_storage(1, 2, 40, storage);
+            assert_eq!(cache.bytes(), 0);
+            for _ in 0..16 {
+                cache.push(&[1.0, 2.0], &[3.0, 4.0]).unwrap();
+            }
+            let bytes = cache.bytes();
+            assert_eq!(cache.push(&[1.0, bad], &[1.0, 1.0]), Err(Numeric));
+            assert_eq!(cache.push(&[1.0, 1.0], &[bad, 1.0]), Err(Numeric));
+            assert_eq!((cache.len(), cache.bytes()), (16, bytes));
+            cache.push(&[1.0, 2.0], &[3.0, 4.0]).unwrap();
+            assert_eq!((cache.len(), cache.bytes()), (17, 2 * bytes));
+            cache.truncate(16);
+            cache.truncate(30);
+            assert_eq!((cache.len(), cache.bytes()), (16, bytes));
+        }
+    }
 }

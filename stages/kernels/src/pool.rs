@@ -23,7 +23,7 @@ use crate::path::Path;
 const THREADS_MAX: usize = 256;
 
 /// Operations of fewer multiply-adds (or their like) run on the caller: waking a worker costs about as much.
-const SHARED_COST_MIN: usize = 1 << 18;
+const SHARED_COST_MIN: usize = 1 << 20;
 
 /// A chunk is at least this many multiply-adds, so that dealing chunks costs nothing in comparison.
 const CHUNK_COST_MIN: usize = 1 << 15;
@@ -159,7 +159,7 @@ impl Pool {
             return (0..chunks).for_each(work);
         }
         let job = Job { work, chunks, next: AtomicUsize::new(0), panic: Mutex::new(None) };
-        let posting = Posting::new(&self.shared, &job);
+        let posting = Posting::new(&self.shared, &job, self.workers.len());
         job.run();
         drop(posting);
         let panic = job.panic.into_inner().unwrap_or_else(PoisonError::into_inner);
@@ -206,13 +206,18 @@ struct Posting<'a> {
 }
 
 impl<'a> Posting<'a> {
-    fn new(shared: &'a Shared, job: &Job<'_>) -> Posting<'a> {
+    fn new(shared: &'a Shared, job: &Job<'_>, workers: usize) -> Posting<'a> {
         let pointer = std::ptr::from_ref(job).cast::<Job<'static>>();
         let mut board = shared.board();
         board.job = Some(JobPointer(pointer));
         board.number += 1;
         drop(board);
-        shared.posted.notify_all();
+        // The caller takes a chunk as well. No more workers need to wake than there are others.
+        if job.chunks > workers {
+            shared.posted.notify_all();
+        } else {
+            (1..job.chunks).for_each(|_| shared.posted.notify_one());
+        }
         Posting { shared }
     }
 }
@@ -311,5 +316,104 @@ impl<'a> Disjoint<'a> {
         // SAFETY: the range lies inside the slice, which `self` borrows exclusively, and the caller promises that no
         // other living part overlaps it.
         unsafe { std::slice::from_raw_parts_mut(start, range.end - range.start) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A cost that makes any operation worth sharing.
+    const LARGE: usize = SHARED_COST_MIN;
+
+    #[test]
+    fn every_item_is_dealt_once() {
+        for threads in 0..5 {
+            let pool = Pool::new(threads, Path::Scalar);
+            for items in [0, 1, 2, 7, 64, 1001] {
+                for granularity in [1, 4] {
+                    for cost in [1, 100, LARGE] {
+                        let dealt: Vec<AtomicUsize> = (0..items).map(|_| AtomicUsize::new(0)).collect();
+                        pool.split(items, granularity, cost, &|range| {
+                            assert_eq!(range.start % granularity, 0);
+                            for item in range {
+                                dealt[item].fetch_add(1, Ordering::Relaxed);
+                            }
+                        });
+                        assert!(dealt.iter().all(|times| times.load(Ordering::Relaxed) == 1));
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn rows_are_dealt_whole() {
+        let pool = Pool::new(3, Path::Scalar);
+        let mut out = vec![0.0; 3 * 500];
+        pool.split_rows(&mut out, 3, LARGE, &|first, part| {
+            for (row, numbers) in part.chunks_exact_mut(3).enumerate() {
+                numbers.fill((first + row) as f32);
+            }
+        });
+        for (row, numbers) in out.chunks_exact(3).enumerate() {
+            assert_eq!(numbers, [row as f32; 3]);
+        }
+    }
+
+    #[test]
+    fn a_panic_in_any_chunk_reaches_the_caller_and_spares_the_pool() {
+        let pool = Pool::new(3, Path::Scalar);
+        for bad in 0..100 {
+            let outcome = catch_unwind(AssertUnwindSafe(|| {
+                pool.split(100, 1, LARGE, &|range| assert!(!range.contains(&bad)));
+            }));
+            assert!(outcome.is_err());
+        }
+        let count = AtomicUsize::new(0);
+        pool.split(100, 1, LARGE, &|range| {
+            count.fetch_add(range.len(), Ordering::Relaxed);
+        });
+        assert_eq!(count.into_inner(), 100);
+    }
+
+    #[test]
+    fn callers_share_a_pool_and_may_nest() {
+        let pool = Pool::new(3, Path::Scalar);
+        let count = AtomicUsize::new(0);
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..200 {
+                        pool.split(8, 1, LARGE, &|outer| {
+                            pool.split(2 * outer.len(), 1, LARGE, &|inner| {
+                                count.fetch_add(inner.len(), Ordering::Relaxed);
+                            });
+                        });
+                    }
+                });
+            }
+        });
+        assert_eq!(count.into_inner(), 4 * 200 * 16);
+    }
+
+    #[test]
+    fn a_worker_takes_part() {
+        let pool = Pool::new(2, Path::Scalar);
+        let caller = std::thread::current().id();
+        let (helped, waiting) = (Mutex::new(false), Condvar::new());
+        pool.split(2, 1, LARGE, &|_| {
+            let mut helped = helped.lock().unwrap();
+            if std::thread::current().id() == caller {
+                while !*helped {
+                    helped = waiting.wait(helped).unwrap();
+                }
+            } else {
+                *helped = true;
+                waiting.notify_all();
+            }
+        });
+        assert!(helped.into_inner().unwrap());
+        assert!(pool.float_environment_ok());
     }
 }

@@ -1,0 +1,184 @@
+//! One small case of every operation, on fixed inputs, for the profile's digest.
+//!
+//! The inputs come from integers alone. Shapes are chosen so that each operation meets a whole block, a partial one and
+//! more than one row.
+
+use sha2::{Digest, Sha256};
+
+use crate::{
+    CacheStorage, Dtype, KvCache, Matrix, Pool, RopeScaling, RopeTable, WeightView, activation, all_finite, attention,
+    layer_norm, linear, math, rms_norm, rope, sample, sum,
+};
+
+pub(super) fn hash_outputs(pool: &Pool, hasher: &mut Sha256) {
+    let mut source = Source(0);
+    let mut outputs = Outputs(hasher);
+    functions(pool, &mut outputs);
+    linear_layers(pool, &mut source, &mut outputs);
+    norms_and_activations(pool, &mut source, &mut outputs);
+    rotations(&mut source, &mut outputs);
+    attentions(pool, &mut source, &mut outputs);
+    samples(&mut source, &mut outputs);
+}
+
+struct Outputs<'a>(&'a mut Sha256);
+
+impl Outputs<'_> {
+    fn add(&mut self, name: &str, values: &[f32]) {
+        self.0.update(name);
+        self.0.update((values.len() as u64).to_le_bytes());
+        for value in values {
+            self.0.update(value.to_bits().to_le_bytes());
+        }
+    }
+}
+
+/// SplitMix64.
+struct Source(u64);
+
+impl Source {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    /// A multiple of 2^-23 in [-1, 1).
+    fn number(&mut self) -> f32 {
+        const UNIT: f32 = 1.0 / (1 << 23) as f32;
+        (self.next() >> 40) as f32 * UNIT - 1.0
+    }
+
+    fn numbers(&mut self, count: usize) -> Vec<f32> {
+        (0..count).map(|_| self.number()).collect()
+    }
+}
+
+/// All signs and exponents, and mantissas that differ from one to the next.
+fn functions(pool: &Pool, outputs: &mut Outputs<'_>) {
+    const STEP: u32 = 0x000f_fedc;
+    let inputs: Vec<f32> = (0..u32::MAX / STEP).map(|i| f32::from_bits(i * STEP)).collect();
+    type Function = (&'static str, fn(crate::Path, &mut [f32]));
+    let functions: [Function; 4] =
+        [("exp", math::exp_all), ("tanh", math::tanh_all), ("sigmoid", math::sigmoid_all), ("erf", math::erf_all)];
+    for (name, function) in functions {
+        let mut values = inputs.clone();
+        function(pool.path(), &mut values);
+        outputs.add(name, &values);
+    }
+}
+
+fn linear_layers(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
+    let (rows, columns) = (35, 300);
+    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
+        let weights = source.numbers(rows * columns);
+        let bytes: Vec<u8> = weights
+            .iter()
+            .flat_map(|weight| match dtype {
+                Dtype::F32 => weight.to_le_bytes().to_vec(),
+                // The leading bits of these small multiples of a power of two, in both formats.
+                Dtype::F16 => half::f16::from_f32_const(*weight).to_le_bytes().to_vec(),
+                Dtype::Bf16 => half::bf16::from_f32_const(*weight).to_le_bytes().to_vec(),
+            })
+            .collect();
+        let view = WeightView { dtype, bytes: &bytes, rows, columns };
+        // Weights in [-1, 1] that fill the shape always pack.
+        let Ok(matrix) = Matrix::pack(view) else {
+            continue;
+        };
+        let bias = source.numbers(rows);
+        for n in [1, 8] {
+            let x = source.numbers(n * columns);
+            let mut y = vec![0.0; n * rows];
+            linear(pool, &matrix, Some(&bias), &x, &mut y);
+            outputs.add("linear", &y);
+        }
+    }
+}
+
+fn norms_and_activations(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
+    let (rows, width, eps) = (2, 75, 1e-5);
+    let x = source.numbers(rows * width);
+    let weight = source.numbers(width);
+    let bias = source.numbers(width);
+    let mut out = vec![0.0; x.len()];
+    outputs.add("sum", &[sum(pool, &x)]);
+    rms_norm(pool, &x, &weight, eps, &mut out);
+    outputs.add("rms norm", &out);
+    layer_norm(pool, &x, &weight, &bias, eps, &mut out);
+    outputs.add("layer norm", &out);
+
+    let gate: Vec<f32> = x.iter().map(|x| x * 8.0).collect();
+    let up = source.numbers(gate.len());
+    activation::silu_mul(pool, &gate, &up, &mut out);
+    outputs.add("silu mul", &out);
+    type Activation = (&'static str, fn(&Pool, &mut [f32]));
+    let activations: [Activation; 3] =
+        [("silu", activation::silu), ("gelu", activation::gelu), ("relu", activation::relu)];
+    for (name, activation) in activations {
+        let mut values = gate.clone();
+        activation(pool, &mut values);
+        outputs.add(name, &values);
+    }
+}
+
+fn rotations(source: &mut Source, outputs: &mut Outputs<'_>) {
+    let scalings = [
+        RopeScaling::Default,
+        RopeScaling::Linear { factor: 4.0 },
+        RopeScaling::Llama3 { factor: 8.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_positions: 8192 },
+    ];
+    for scaling in scalings {
+        let Ok(table) = RopeTable::new(64, 500_000.0, 4096, scaling) else {
+            continue;
+        };
+        let positions = [0, 1, 2, 3, 77, 1000, 4095];
+        let mut x = source.numbers(positions.len() * 2 * 64);
+        rope(&mut x, 2, &positions, &table);
+        outputs.add("rotation", &x);
+    }
+}
+
+fn attentions(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
+    let (heads, kv_heads, head_dim, positions) = (6, 2, 24, 45);
+    for storage in [CacheStorage::F16, CacheStorage::F32] {
+        let mut cache = KvCache::with_storage(kv_heads, head_dim, positions, storage);
+        for _ in 0..positions {
+            let width = kv_heads * head_dim;
+            let pushed = cache.push(&source.numbers(width), &source.numbers(width));
+            debug_assert!(pushed.is_ok(), "numbers below 1 are stored");
+        }
+        for rows in [1, 5] {
+            let q: Vec<f32> = source.numbers(rows * heads * head_dim);
+            let q: Vec<f32> = q.iter().map(|q| q * 16.0).collect();
+            let mut out = vec![0.0; q.len()];
+            attention(pool, &q, &cache, positions - rows, heads, &mut out);
+            debug_assert!(all_finite(&out));
+            outputs.add("attention", &out);
+        }
+    }
+}
+
+fn samples(source: &mut Source, outputs: &mut Outputs<'_>) {
+    let logits: Vec<f32> = source.numbers(100).iter().map(|l| l * 4.0).collect();
+    let mut samplings = vec![sample::Sampling::default()];
+    for (top_k, top_p) in [(0, 1.0), (10, 1.0), (0, 0.9), (20, 0.75)] {
+        samplings.push(sample::Sampling {
+            temperature: 0.8,
+            top_k,
+            top_p,
+            presence_penalty: 0.5,
+            frequency_penalty: 0.25,
+            logit_bias: vec![(3, 2.5), (99, -1.0)],
+        });
+    }
+    for (choice, sampling) in samplings.iter().enumerate() {
+        let key = sample::key(&[7; 32], choice as u32);
+        for position in 0..20 {
+            let token = sample::sample(&mut logits.clone(), sampling, &[3, 5, 3], &key, position);
+            outputs.add("sample", &[token.map_or(-1.0, |token| token as f32)]);
+        }
+    }
+}
