@@ -306,7 +306,7 @@ impl Diagnostics {
                 source.locate(label);
             }
         }
-        all.sort_by(|a, b| (a.start(), a.severity, a.code).cmp(&(b.start(), b.severity, b.code)));
+        all.sort_by_key(|diagnostic| (diagnostic.start(), diagnostic.severity, diagnostic.code));
         all.dedup();
         if all.len() > DIAGNOSTICS_MAX {
             let more = all.len() - DIAGNOSTICS_MAX;

@@ -15,6 +15,8 @@ mod uniform;
 
 use std::collections::BTreeSet;
 
+pub(crate) use replica_sets::Domains;
+
 use crate::plan::{LAYERS_MAX, Lack, Plan, PlanError, PlanInput, SlicePlan, Strategy};
 
 /// Plans with one strategy.

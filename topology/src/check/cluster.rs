@@ -6,6 +6,7 @@ use std::net::SocketAddr;
 use crate::cluster::{Cluster, NodeSpec};
 use crate::diagnostic::{Code, Diagnostic, quote};
 use crate::name::NodeId;
+use crate::planner::Domains;
 use crate::schema::{Declared, Span, Table};
 
 /// The longest cluster name, model or domain, in bytes.
@@ -248,26 +249,21 @@ fn spread(cluster: &Cluster, declared: &Declared<'_>, problems: &mut Vec<Diagnos
                 .help("that works, and saves no memory; fewer slices answer sooner"),
         );
     }
-    let named: BTreeSet<&str> = cluster.nodes.iter().filter_map(|node| node.domain.as_deref()).collect();
-    let unnamed = cluster.nodes.iter().filter(|node| node.domain.is_none()).count();
-    let domains = named.len() + unnamed;
-    if domains < replicas
+    let disjoint = cluster.slices.filter(|slices| slices.saturating_mul(replicas) <= count);
+    let share = Domains::new(&cluster.nodes).least_share(disjoint.unwrap_or(1), replicas).unwrap_or(replicas);
+    if share > 1
         && let Some(span) = table.values.place("max_byzantine")
     {
-        let message = format!(
-            "replicas of a slice go to {replicas} nodes of {domains} trust domain{}",
-            if domains == 1 { "" } else { "s" }
-        );
-        let most = replicas.div_ceil(domains.max(1));
-        let label = if most > cluster.max_byzantine {
-            "one operator holds enough replicas of a slice to forge its results".to_owned()
+        let message = format!("one trust domain holds {share} of the {replicas} replicas of a slice");
+        let label = if share > cluster.max_byzantine {
+            format!("its operator alone could forge results: {} equal votes decide", cluster.max_byzantine + 1)
         } else {
-            format!("one operator holds up to {most} replicas of a slice")
+            format!("tolerates {} that lie, of one operator or several", cluster.max_byzantine)
         };
         problems.push(
             Diagnostic::warning(Code::Domains, message)
                 .at(span, label)
-                .help(format!("with {replicas} domains, no two replicas of a slice share an operator")),
+                .help(format!("spread the nodes over more domains: {replicas} for each slice")),
         );
     }
 }

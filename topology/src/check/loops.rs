@@ -83,7 +83,7 @@ pub(super) fn check(
 /// The next whole KiB, MiB or GiB that holds this many bytes, as it would be written.
 fn round_up(bytes: u64) -> String {
     for (unit, size) in [("GiB", 1_u64 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)] {
-        if bytes >= 8 * size || (bytes >= size && bytes % size == 0) {
+        if bytes >= 8 * size || (bytes >= size && bytes.is_multiple_of(size)) {
             return format!("{} {unit}", bytes.div_ceil(size));
         }
     }

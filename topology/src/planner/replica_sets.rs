@@ -9,7 +9,7 @@ use std::collections::BTreeMap;
 use crate::cluster::NodeSpec;
 
 /// The domains of the nodes, as small numbers.
-pub(super) struct Domains {
+pub(crate) struct Domains {
     /// The domain of each node.
     of: Vec<usize>,
     /// How many nodes each domain has.
@@ -17,7 +17,7 @@ pub(super) struct Domains {
 }
 
 impl Domains {
-    pub(super) fn new(nodes: &[NodeSpec]) -> Self {
+    pub(crate) fn new(nodes: &[NodeSpec]) -> Self {
         let mut numbers: BTreeMap<&str, usize> = BTreeMap::new();
         let mut sizes: Vec<usize> = Vec::new();
         let mut of = Vec::with_capacity(nodes.len());
@@ -51,7 +51,7 @@ impl Domains {
     }
 
     /// The least share of one domain with which `sets` disjoint sets of `size` nodes exist.
-    pub(super) fn least_share(&self, sets: usize, size: usize) -> Option<usize> {
+    pub(crate) fn least_share(&self, sets: usize, size: usize) -> Option<usize> {
         (1..=size).find(|share| self.allow(sets, size, *share))
     }
 
@@ -84,13 +84,7 @@ pub(super) fn form(
 }
 
 /// Disjoint sets, each filled with the most preferred nodes that leave enough for the sets after it.
-pub(super) fn disjoint(
-    domains: &Domains,
-    preference: &[usize],
-    size: usize,
-    sets: usize,
-    share: usize,
-) -> Vec<Vec<usize>> {
+fn disjoint(domains: &Domains, preference: &[usize], size: usize, sets: usize, share: usize) -> Vec<Vec<usize>> {
     let mut left = domains.sizes.clone();
     let mut waiting: Vec<usize> = preference.to_vec();
     let mut formed = Vec::with_capacity(sets);

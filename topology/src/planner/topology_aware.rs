@@ -39,7 +39,8 @@ pub(super) fn slices(input: &PlanInput<'_>) -> Result<Vec<SlicePlan>, PlanError>
 
 fn measured(input: &PlanInput<'_>) -> Result<(), PlanError> {
     let lacking = |what: &'static str, has: &dyn Fn(&NodeSpec) -> bool| {
-        let nodes: Vec<NodeId> = input.nodes.iter().filter(|node| !has(node)).map(|node| node.id.clone()).collect();
+        let mut nodes: Vec<NodeId> = input.nodes.iter().filter(|node| !has(node)).map(|node| node.id.clone()).collect();
+        nodes.sort();
         if nodes.is_empty() { Ok(()) } else { Err(PlanError::Unmeasured { what, nodes }) }
     };
     lacking("compute", &|node| node.compute.is_some())?;

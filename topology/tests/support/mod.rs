@@ -25,7 +25,7 @@ const NONE: KindSignature = KindSignature {
     full: &[WhenFull::Wait],
 };
 
-pub fn catalogue() -> Catalogue {
+pub(crate) fn catalogue() -> Catalogue {
     Catalogue::new(KINDS.to_vec())
 }
 
