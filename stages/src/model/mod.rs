@@ -163,7 +163,9 @@ impl Model {
         }
         let parts = &self.source.weights;
         let layers = match &self.config {
-            Config::Llama(config) => Layers::Llama(LlamaSlice::load(config, &self.weights, parts, first..last)?),
+            Config::Llama(config) => {
+                Layers::Llama(Box::new(LlamaSlice::load(config, &self.weights, parts, first..last)?))
+            }
             Config::Mlp(config) => Layers::Mlp(MlpSlice::load(config, &self.weights, parts, first..last)?),
         };
         let slice = Arc::new(SliceModel {

@@ -29,7 +29,7 @@ pub struct SliceModel {
 
 #[derive(Debug)]
 pub(super) enum Layers {
-    Llama(LlamaSlice),
+    Llama(Box<LlamaSlice>),
     Mlp(MlpSlice),
 }
 

@@ -1,6 +1,7 @@
 //! Damaged, hostile and unfitting model folders: an error that names the place, never a panic.
 
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use butterfly::model::{Model, ModelError, WeightsError};
@@ -164,7 +165,7 @@ fn weights_of_a_dense_network_are_checked_against_its_sizes() {
 #[test]
 fn layers_that_do_not_exist_cannot_be_loaded() {
     let model = open("builtin:mlp");
-    for range in [0..0, 2..1, 0..4, 3..4, usize::MAX..usize::MAX, 0..usize::MAX] {
+    for range in [0..0, Range { start: 2, end: 1 }, 0..4, 3..4, usize::MAX..usize::MAX, 0..usize::MAX] {
         assert!(matches!(model.load(range), Err(ModelError::Layers { layers: 3, .. })));
     }
     let error = Model::open("builtin:huge", Path::new("")).unwrap_err().to_string();

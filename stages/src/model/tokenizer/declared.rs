@@ -115,30 +115,28 @@ impl Declared {
     /// Checks everything the module promises; gives what each id stands for.
     pub(super) fn check(&self, file: &str, vocabulary: usize) -> Result<BTreeMap<u32, Meaning<'_>>, TokenizerError> {
         self.check_parts(file)?;
-        let ids = self.check_vocabulary(file, vocabulary)?;
+        let mut ids = self.check_vocabulary(file, vocabulary)?;
         self.check_merges(file, &ids)?;
         for byte in 0..=255_u8 {
             if !ids.contains_key(byte_char(byte).encode_utf8(&mut [0; 4]) as &str) {
                 return Err(TokenizerError::ByteMissing { file: file.to_owned(), byte });
             }
         }
+        let mut strings: BTreeMap<u32, &str> = ids.iter().map(|(token, id)| (*id, *token)).collect();
         let mut meanings: BTreeMap<u32, Meaning<'_>> =
             ids.iter().map(|(token, id)| (*id, Meaning::Bytes(token))).collect();
-        let mut added: BTreeSet<&str> = BTreeSet::new();
+        let mut added: BTreeSet<u32> = BTreeSet::new();
         for token in &self.added_tokens {
-            outside(file, &token.content, token.id, vocabulary)?;
-            let other = ids.iter().find(|(content, id)| (**content == token.content) != (**id == token.id));
-            let taken = meanings.contains_key(&token.id) && !ids.contains_key(token.content.as_str());
-            if other.is_some() || taken || !added.insert(&token.content) {
-                return Err(TokenizerError::Repeated {
-                    file: file.to_owned(),
-                    first: other.map_or_else(|| token.content.clone(), |(content, _)| (*content).to_owned()),
-                    second: token.content.clone(),
-                    id: token.id,
-                });
+            let (content, id) = (token.content.as_str(), token.id);
+            outside(file, content, id, vocabulary)?;
+            // An added token is either new, or one of the model's own with the same id.
+            let (same_string, same_id) = (ids.insert(content, id), strings.insert(id, content));
+            let agree = same_string.is_none_or(|known| known == id) && same_id.is_none_or(|known| known == content);
+            if !agree || !added.insert(id) {
+                let first = same_id.unwrap_or(content).to_owned();
+                return Err(TokenizerError::Repeated { file: file.to_owned(), first, second: content.to_owned(), id });
             }
-            let meaning = if token.special { Meaning::Special } else { Meaning::Literal(&token.content) };
-            meanings.insert(token.id, meaning);
+            meanings.insert(id, if token.special { Meaning::Special } else { Meaning::Literal(content) });
         }
         Ok(meanings)
     }
