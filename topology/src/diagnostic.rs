@@ -15,6 +15,8 @@ use serde::Serialize;
 pub const DIAGNOSTICS_MAX: usize = 200;
 /// Characters of a quoted text before it is cut.
 const QUOTE_CHARS_MAX: usize = 60;
+/// The longest line shown around a problem, in bytes; of a longer one only the number is given.
+const SHOWN_LINE_BYTES_MAX: usize = 2000;
 
 /// What kind of problem it is; stable across versions.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
@@ -282,6 +284,18 @@ impl Source {
         (offset.min(end)..end).find(|at| self.text.is_char_boundary(*at)).unwrap_or(end)
     }
 
+    /// The lines that hold these places, as bytes, and the number of the first. `None` when there are none, or one of
+    /// them is too long to be shown.
+    fn window(&self, labels: &[Label]) -> Option<(Range<usize>, usize)> {
+        let first_line = labels.iter().map(|label| label.line).min()?;
+        let last_line = labels.iter().map(|label| label.end_line).max()?;
+        let line_start = |line: usize| self.line_starts.get(line.saturating_sub(1)).copied().unwrap_or(self.text.len());
+        let too_long = |line: usize| line_start(line + 1) - line_start(line) > SHOWN_LINE_BYTES_MAX;
+        let shown = labels.iter().flat_map(|label| [label.line, label.end_line]);
+        let window = line_start(first_line)..line_start(last_line + 1);
+        (!shown.into_iter().any(too_long)).then_some((window, first_line))
+    }
+
     fn locate(&self, label: &mut Label) {
         let start = self.boundary(label.span.start);
         let end = self.boundary(label.span.end).max(start);
@@ -369,16 +383,21 @@ impl Diagnostics {
         };
         let title = level.primary_title(&*diagnostic.message).id(diagnostic.code.as_str());
         let mut group = Group::with_title(title);
-        if diagnostic.spans.is_empty() {
-            group = group.element(Origin::path(&*self.source.file_name));
-        } else {
+        if let Some((window, first_line)) = self.source.window(&diagnostic.spans) {
             let annotations = diagnostic.spans.iter().map(|label| {
                 let kind = if label.primary { AnnotationKind::Primary } else { AnnotationKind::Context };
                 let text = (!label.label.is_empty()).then_some(&*label.label);
-                kind.span(label.span.clone()).label(text)
+                kind.span(label.span.start - window.start..label.span.end - window.start).label(text)
             });
-            let snippet = Snippet::source(&*self.source.text).path(&*self.source.file_name).annotations(annotations);
-            group = group.element(snippet);
+            let text = self.source.text.get(window.clone()).unwrap_or_default();
+            let snippet = Snippet::source(text).line_start(first_line).path(&*self.source.file_name);
+            group = group.element(snippet.annotations(annotations));
+        } else {
+            let origin = Origin::path(&*self.source.file_name);
+            group = group.element(match diagnostic.spans.first() {
+                Some(label) => origin.line(label.line).char_column(label.column),
+                None => origin,
+            });
         }
         group.elements(diagnostic.help.iter().map(|help| Level::HELP.message(&**help)))
     }

@@ -110,6 +110,8 @@ fn deep_and_large_texts_are_survived() {
     survive(&"[[stage]]\n".repeat(2_000));
     survive(&"[[node]]\n".repeat(5_000));
     survive(&(0..5_000).map(|i| format!("key{i} = 1\n")).collect::<String>());
+    survive(&format!("node = [{}]", "1,".repeat(400_000)));
+    survive(&format!("node = [{}]", "1,\n".repeat(300_000)));
     survive("\u{feff}[cluster]\r\nname = 1\r");
 }
 
