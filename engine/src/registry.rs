@@ -264,12 +264,12 @@ impl Ports {
 
     /// Takes an input port. A port that no edge of this node enters is closed: it receives nothing and says so at once.
     pub fn input<T: Item>(&mut self, name: &str) -> Result<Receiver<T>, BuildError> {
-        Self::take(&self.stage, "input", &mut self.inputs, name)
+        Self::take(&self.stage, "input", &mut self.inputs, name, type_name::<T>())
     }
 
     /// Takes an output port. A port whose edge does not end on this node is closed: sending on it fails as closed.
     pub fn output<T: Item>(&mut self, name: &str) -> Result<Sender<T>, BuildError> {
-        Self::take(&self.stage, "output", &mut self.outputs, name)
+        Self::take(&self.stage, "output", &mut self.outputs, name, type_name::<T>())
     }
 
     /// Whether a port that is not yet taken has an edge on this node.
@@ -289,6 +289,7 @@ impl Ports {
         direction: &'static str,
         slots: &mut BTreeMap<&'static str, Slot>,
         name: &str,
+        asked: &'static str,
     ) -> Result<E, BuildError> {
         let Some((port, slot)) = slots.remove_entry(name) else {
             return Err(BuildError::NoPort { stage: stage.clone(), direction, port: name.to_owned() });
@@ -298,7 +299,6 @@ impl Ports {
             Ok(end) => Ok(*end),
             Err(end) => {
                 slots.insert(port, Slot { end, ..slot });
-                let asked = type_name::<E>();
                 Err(BuildError::PortType { stage: stage.clone(), port: name.to_owned(), item, asked })
             }
         }

@@ -20,7 +20,7 @@ use tokio::task::{Id, JoinError, JoinSet};
 
 use crate::clock::Clock;
 use crate::shutdown::{Phase, ShutdownController};
-use crate::stage::{Accountable, Fault, Readiness, StageContext, StageError};
+use crate::stage::{Accountable, Fault, Readiness, StageContext, StageError, explain};
 use crate::telemetry::{Event, StageStates, Telemetry};
 use crate::wiring::Unspawned;
 
@@ -351,12 +351,6 @@ fn panic_message(panic: &(dyn std::any::Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().copied();
     let text = text.or_else(|| panic.downcast_ref::<String>().map(String::as_str));
     text.unwrap_or("no message").to_owned()
-}
-
-/// An error with its causes, in one line.
-fn explain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |cause| cause.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 fn list(stages: &BTreeSet<StageName>) -> String {

@@ -62,6 +62,7 @@ impl StageContext {
         let controller = ShutdownController::new();
         let telemetry = Arc::new(Telemetry::with_clock(node.clone(), Arc::clone(&clock)));
         let states = telemetry.open_stage(&stage);
+        states.begin();
         let readiness = Readiness::waiting_for([stage.clone()]);
         let shutdown = controller.shutdown();
         (Self { node, stage, clock, shutdown, telemetry, states, peers: None, readiness }, controller)
@@ -140,6 +141,12 @@ pub trait Accountable: std::error::Error {
     fn node(&self) -> Option<&NodeId> {
         None
     }
+}
+
+/// An error with its causes, in one line.
+pub fn explain<E: std::error::Error>(error: &E) -> String {
+    let causes = std::iter::successors(error.source(), |cause| cause.source());
+    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }
 
 /// An error of any type, kept as the cause of another.

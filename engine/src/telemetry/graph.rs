@@ -140,6 +140,11 @@ impl GraphMeters {
         stages.push((name, states));
     }
 
+    pub(super) fn stage(&self, name: &str) -> Option<StageStates> {
+        let stages = lock(&self.stages);
+        stages.iter().find(|(existing, _)| existing.as_str() == name).map(|(_, states)| states.clone())
+    }
+
     /// Adds an edge, in place of an earlier one between the same ends.
     pub(super) fn add_edge(&self, meters: Arc<EdgeMeters>) {
         let mut edges = lock(&self.edges);

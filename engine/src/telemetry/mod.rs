@@ -104,6 +104,11 @@ impl Telemetry {
         states
     }
 
+    /// The account of a stage of this node.
+    pub fn stage_states(&self, name: &str) -> Option<StageStates> {
+        self.graph.stage(name)
+    }
+
     /// Opens the account of an edge, in place of an earlier one between the same ends.
     pub fn open_edge(&self, label: EdgeLabel, bounds: Bounds) -> Arc<EdgeMeters> {
         let meters = Arc::new(EdgeMeters::new(label, bounds.items, bounds.bytes));

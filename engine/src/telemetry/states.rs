@@ -357,4 +357,21 @@ mod tests {
         assert_eq!((service.count, states.items()), (4, 4));
         assert!((service.mean - 0.005).abs() < 1e-9);
     }
+
+    #[test]
+    fn a_cancelled_wait_ends_its_state() {
+        use futures::FutureExt;
+        let (clock, states) = account();
+        states.begin();
+        let mut waiting = Box::pin(states.while_blocked(std::future::pending::<()>()));
+        assert!(waiting.as_mut().now_or_never().is_none());
+        assert_eq!(states.state(), StageState::Blocked);
+        clock.advance(Duration::from_millis(3));
+        drop(waiting);
+        assert_eq!(states.state(), StageState::Busy);
+        clock.advance(Duration::from_millis(4));
+        assert_eq!(StageState::ALL.map(|state| ms(states.times().of(state))), [4, 0, 3, 0]);
+        assert_eq!(states.while_starved(async { 1 }).now_or_never(), Some(1));
+        assert_eq!(ms(states.times().of(StageState::Starved)), 0, "what is ready does not wait");
+    }
 }
