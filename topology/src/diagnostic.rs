@@ -398,6 +398,8 @@ impl Diagnostics {
                 Some(label) => origin.line(label.line).char_column(label.column),
                 None => origin,
             });
+            let labels = diagnostic.spans.iter().map(|label| &*label.label).filter(|label| !label.is_empty());
+            group = group.elements(labels.map(|label| Level::NOTE.message(label)));
         }
         group.elements(diagnostic.help.iter().map(|help| Level::HELP.message(&**help)))
     }

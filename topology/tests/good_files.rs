@@ -7,7 +7,8 @@ use std::collections::BTreeSet;
 use std::time::Duration;
 
 use butterfly_topology::{
-    Code, CollectorType, Diagnostic, NodeId, Severity, StageName, Topology, WhenFull, parse, render,
+    Catalogue, Code, CollectorType, Diagnostic, KeySpec, KindSignature, NodeId, PortSpec, Severity, StageName,
+    Topology, ValueSpec, WhenFull, parse, render,
 };
 
 const CLUSTER: &str = include_str!("good/cluster.toml");
@@ -154,4 +155,26 @@ fn the_graph_is_drawn() {
 #[test]
 fn signatures_are_checked_against_themselves() {
     assert_eq!(support::catalogue().faults(), Vec::<String>::new());
+
+    let port = PortSpec { name: "in", item: "X", required: true };
+    let ports = vec![port, port].leak();
+    let key = |name, value, default| KeySpec { name, doc: "", value, default, required: false };
+    let keys = vec![
+        key("capacity", ValueSpec::Flag, None),
+        key("size", ValueSpec::Bytes { min: 0, max: 1 << 20 }, Some("2 MiB")),
+        key("size", ValueSpec::Choice(&["a"]), Some("b")),
+    ]
+    .leak();
+    let full = &[WhenFull::Wait];
+    let bad = KindSignature { kind: "bad", doc: "", inputs: ports, outputs: &[], keys, networked: false, full };
+    assert_eq!(
+        Catalogue::new(vec![bad]).faults(),
+        [
+            "bad: key `capacity` shadows a common key",
+            "bad: the default of `size` is not a value it may take",
+            "bad: key `size` is listed twice",
+            "bad: the default of `size` is not a value it may take",
+            "bad: port `in` is listed twice",
+        ]
+    );
 }

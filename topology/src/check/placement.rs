@@ -21,7 +21,8 @@ pub(super) fn check_names(stages: &[StageDecl<'_>], crew: &Crew, problems: &mut 
     for stage in stages {
         let mut first: BTreeMap<&NodeId, &Span> = BTreeMap::new();
         for (id, span) in stage.on.iter().flatten() {
-            if let Some(earlier) = first.insert(id, span) {
+            let earlier = *first.entry(id).or_insert(span);
+            if earlier != span {
                 problems.push(
                     Diagnostic::error(Code::Duplicate, format!("`on` names node `{id}` twice"))
                         .at(span.clone(), "again")
