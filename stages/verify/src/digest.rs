@@ -1,6 +1,6 @@
 //! 32-byte digests, and the purpose each hash is told.
 //!
-//! Everything signed goes through SHA-256 under the domain of this protocol and a [`Purpose`]; bulk rows go through
+//! Everything signed goes through SHA-256 under the domain of this protocol and a purpose; bulk rows go through
 //! BLAKE3 in [`boundary`](crate::boundary). Two things of different purpose never share a hash input.
 
 use std::fmt;

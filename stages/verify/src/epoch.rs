@@ -438,3 +438,6 @@ fn write(parts: &EpochParts) -> Vec<u8> {
     writer.u32(parts.limits.values_max);
     writer.finish()
 }
+
+#[cfg(test)]
+mod tests;

@@ -255,3 +255,6 @@ pub(crate) fn tag_fits(signed: &SignedVote, interior: &Digest) -> bool {
 fn related(one: &Vote, other: &Vote) -> Result<(), EvidenceFault> {
     if one.rd == other.rd && one.slice == other.slice { Ok(()) } else { Err(EvidenceFault::Unrelated) }
 }
+
+#[cfg(test)]
+mod tests;

@@ -47,7 +47,7 @@ pub use codec::{DecodeError, DecodeProblem};
 pub use digest::Digest;
 pub use epoch::{Epoch, EpochError, EpochParts, Limits, Member, NodeIndex, OverLimit, PublicKey, SliceReplicas};
 pub use evidence::{Charge, Evidence, EvidenceFault, EvidenceKind, Grade};
-pub use receipt::{Receipt, ReceiptFault, SliceCertificate, Verified};
+pub use receipt::{CertificateFault, Receipt, ReceiptFault, SliceCertificate, Verified};
 pub use request::{Input, Mode, Params, Request, RequestError, RequestParts};
 pub use sign::{OpenError, PrePrepare, SealedBallots, SignError, Signer};
 pub use tally::{Audit, IgnoredReason, ImpossibleReason, Tally, TallyEvent};

@@ -128,3 +128,6 @@ fn sha256(parts: &[&[u8]]) -> Digest {
     }
     Digest(hasher.finalize().into())
 }
+
+#[cfg(test)]
+mod tests;

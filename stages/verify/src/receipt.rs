@@ -349,3 +349,6 @@ impl fmt::Display for Verified {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -342,3 +342,6 @@ fn finish(mut writer: Writer, signature: &SignatureBytes) -> Result<Vec<u8>, Sig
     }
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests;

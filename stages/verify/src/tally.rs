@@ -265,10 +265,9 @@ impl Tally {
         if heard.votes().any(|vote| vote.vote.claim() == claim) {
             return true;
         }
-        let other = heard.votes().find(|vote| is_equivocation(&vote.vote, &signed.vote)).cloned();
-        if let Some(other) = other
-            && !heard.accused.contains(&EvidenceKind::Equivocation)
-        {
+        let is_charged = heard.accused.contains(&EvidenceKind::Equivocation);
+        let other = heard.votes().find(|vote| !is_charged && is_equivocation(&vote.vote, &signed.vote)).cloned();
+        if let Some(other) = other {
             heard.accused.push(EvidenceKind::Equivocation);
             let charge = Charge::Equivocation { first: Box::new(other), second: Box::new(signed.clone()) };
             events.push(TallyEvent::Accused(Evidence::new(&self.epoch, signer, charge)));
@@ -423,3 +422,6 @@ impl SliceTally {
         (votes.len() == needed).then_some(SliceCertificate { votes })
     }
 }
+
+#[cfg(test)]
+mod tests;
