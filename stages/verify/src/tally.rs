@@ -185,7 +185,8 @@ impl Tally {
         events
     }
 
-    /// Every (slice, replica) that has not voted: unavailable as far as this tally knows, never accused of lying.
+    /// Every (slice, replica) that has not voted: unavailable as far as this tally knows, never accused of lying. Replicas
+    /// that were not asked to compute are among them; only the caller knows whom it asked.
     pub fn missing(&self) -> Vec<(u16, NodeIndex)> {
         let mut missing = Vec::new();
         for (slice, tally) in (0_u16..).zip(&self.slices) {
