@@ -192,3 +192,38 @@ pub fn rope(x: &mut [f32], heads: usize, positions: &[u32], table: &RopeTable) {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use sha2::{Digest, Sha256};
+
+    use super::*;
+
+    /// If this fails, the tables' bits changed: a new `libm`, say. Keep the old bits, or give the profile a new name.
+    #[test]
+    fn tables_have_their_golden_digests() {
+        const GOLDEN: [&str; 3] = [
+            "e3562b5cd021841e59d0048972fe1d93bc9b0e17466092f422a8c29ab421fcd6",
+            "968374bc590fc42d6c3a5ddd3a8ab31253c3089c890a43fc4db41fa1cd3196c6",
+            "bc236aaf39c720fb92d38e78583c7a2652509fe0a1a9567b9ba432ac33eef404",
+        ];
+        let llama3 =
+            RopeScaling::Llama3 { factor: 32.0, low_freq_factor: 1.0, high_freq_factor: 4.0, original_positions: 8192 };
+        let cases = [
+            (32, 10_000.0, 1024, RopeScaling::Default),
+            (80, 10_000.0, 4096, RopeScaling::Linear { factor: 2.5 }),
+            (64, 500_000.0, 16_384, llama3),
+        ];
+        let mut found = Vec::new();
+        for (head_dim, theta, positions, scaling) in cases {
+            let table = RopeTable::new(head_dim, theta, positions, scaling).unwrap();
+            let mut hasher = Sha256::new();
+            for number in table.cos.iter().chain(&table.sin) {
+                hasher.update(number.to_bits().to_le_bytes());
+            }
+            let digest = hasher.finalize();
+            found.push(digest.iter().map(|b| format!("{b:02x}")).collect::<String>());
+        }
+        assert_eq!(found, GOLDEN);
+    }
+}
