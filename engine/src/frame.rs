@@ -44,7 +44,7 @@ pub const META_BYTES_MAX: usize = 256 << 10;
 /// Longest payload of a tensor frame, in bytes.
 pub const PAYLOAD_BYTES_MAX: usize = 256 << 20;
 /// Longest payload of a control frame, in bytes.
-pub const CONTROL_BYTES_MAX: usize = 4 << 20;
+pub const CONTROL_BYTES_MAX: usize = 32 << 20;
 
 const MAGIC: [u8; 4] = *b"bfly";
 const VERSION: u16 = 1;
@@ -438,7 +438,7 @@ pub enum Assembly {
     Incomplete,
     /// A header is complete. Nothing has been allocated for its frame; to refuse it, stop here.
     Announced(Header),
-    /// A frame is complete.
+    /// A frame is complete, and equal to the one sent: its lane and sequence number were in the header announced.
     Complete(Frame),
 }
 
@@ -486,7 +486,8 @@ impl FrameAssembler {
         };
         if bytes.is_empty() {
             bytes.reserve_exact(header.frame_bytes());
-            bytes.extend_from_slice(&self.header.bytes);
+            // Lane and sequence number belong to the way here: without them the frame is equal to the one sent.
+            bytes.extend_from_slice(&Header { lane: 0, sequence: 0, ..*header }.encode());
         }
         let taken = (header.frame_bytes() - bytes.len()).min(chunk.len());
         bytes.extend_from_slice(chunk.get(..taken).unwrap_or_default());

@@ -384,3 +384,6 @@ fn take_node(bytes: &mut &[u8]) -> Result<NodeId, Refusal> {
     let text = std::str::from_utf8(name).map_err(|_| Refusal::Malformed)?;
     NodeId::parse(text).map_err(|_| Refusal::Malformed)
 }
+
+#[cfg(test)]
+mod tests;

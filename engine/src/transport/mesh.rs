@@ -24,7 +24,7 @@ use super::{DownReason, NetworkError, PeerState, local, quic};
 use crate::channel::Bounds;
 use crate::clock::Clock;
 use crate::link::{LANE_BYTES_MAX, LANE_ITEMS_MAX, LANES_MAX, PEER_BYTES_MAX};
-use crate::telemetry::{PeerMeters, Telemetry};
+use crate::telemetry::{Event, PeerMeters, Telemetry};
 
 /// How long a shutdown waits for what is queued to be carried out, and then for the connections to close.
 const FINISH_MAX: Duration = Duration::from_secs(2);
@@ -47,6 +47,7 @@ pub(super) struct Core {
     lanes: RwLock<Vec<Arc<Lane>>>,
     states: watch::Sender<BTreeMap<NodeId, PeerState>>,
     clock: Arc<dyn Clock>,
+    telemetry: Arc<Telemetry>,
     /// No connection is made any more.
     closing: CancellationToken,
     /// The driver's tasks, all of which end once `closing` is cancelled and their sessions have ended.
@@ -64,7 +65,7 @@ impl Mesh {
     /// # Errors
     /// [`NetworkError`] if the identity does not fit the roster, or the address cannot be bound.
     pub fn quic(config: QuicConfig, telemetry: Arc<Telemetry>, clock: Arc<dyn Clock>) -> Result<Self, NetworkError> {
-        let core = Arc::new(Core::new(config.identity.node(), &config.roster, &telemetry, clock));
+        let core = Arc::new(Core::new(config.identity.node(), &config.roster, telemetry, clock));
         quic::start(config, &core)?;
         Ok(Self { handle: Arc::new(Handle { core }) })
     }
@@ -80,7 +81,7 @@ impl Mesh {
         telemetry: Arc<Telemetry>,
         clock: Arc<dyn Clock>,
     ) -> Result<Self, NetworkError> {
-        let core = Arc::new(Core::new(identity.node(), &roster, &telemetry, clock));
+        let core = Arc::new(Core::new(identity.node(), &roster, telemetry, clock));
         local::join(hub, identity, roster, &core)?;
         Ok(Self { handle: Arc::new(Handle { core }) })
     }
@@ -137,7 +138,7 @@ impl Drop for Handle {
 }
 
 impl Core {
-    fn new(node: &NodeId, roster: &Roster, telemetry: &Telemetry, clock: Arc<dyn Clock>) -> Self {
+    fn new(node: &NodeId, roster: &Roster, telemetry: Arc<Telemetry>, clock: Arc<dyn Clock>) -> Self {
         let since = clock.now();
         let others = || roster.members.keys().filter(|peer| *peer != node);
         let states =
@@ -149,6 +150,7 @@ impl Core {
             lanes: RwLock::default(),
             states: watch::Sender::new(states),
             clock,
+            telemetry,
             closing: CancellationToken::new(),
             tasks: TaskTracker::new(),
         }
@@ -261,6 +263,7 @@ impl Core {
             self.detach(&older, DownReason::Replaced);
         }
         cell.meters.peer_rtt_seconds.set(rtt.as_secs_f64());
+        self.telemetry.events().emit(Event::new("link_up").node(peer).with("rtt_us", rtt.as_micros()));
         tracing::info!(node = %self.node, %peer, ?rtt, "link up");
         Some(session)
     }
@@ -284,6 +287,7 @@ impl Core {
                 }
             }
         }
+        self.telemetry.events().emit(Event::new("link_down").node(session.peer()).with("reason", &reason));
         tracing::info!(node = %self.node, peer = %session.peer(), %reason, "link down");
     }
 

@@ -5,7 +5,7 @@
 //! own in each direction, so a long tensor on one does not hold up another; messages have the stream of the greeting.
 //!
 //! Invariants: a peer that has not been welcomed may open one stream, hold [`UNPROVED_WINDOW_BYTES`] of memory and take
-//! [`GREETING_MAX`] of time, and only so many may do so at once; no data is sent before the welcome; a connection that
+//! the greeting timeout of time, and only so many may do so at once; no data is sent before the welcome; a connection that
 //! failed is retried as the breaker says; datagrams stay below the size at which batches of them vanish in the kernel.
 //!
 //! It refuses to know what lanes carry.
@@ -38,7 +38,7 @@ use crate::telemetry::CircuitState;
 const IDLE_TIMEOUT: Duration = Duration::from_secs(2);
 /// A link without traffic gives a sign of life this often.
 const KEEP_ALIVE: Duration = Duration::from_millis(500);
-/// Longest time from the first datagram of a connection to its welcome.
+/// Longest time for hello and welcome, unless the configuration says otherwise.
 const GREETING_MAX: Duration = Duration::from_secs(3);
 /// Bytes that a peer may have in flight before it is welcomed.
 const UNPROVED_WINDOW_BYTES: u32 = 4 << 10;
@@ -78,13 +78,15 @@ pub struct QuicConfig {
     pub socket: Option<UdpSocket>,
     /// A peer is given up after this time without a sign of life; one is given four times as often.
     pub idle_timeout: Duration,
+    /// Longest time for the handshake of the encryption layer, and again for hello and welcome.
+    pub greeting_timeout: Duration,
 }
 
 impl QuicConfig {
     /// The usual settings: a peer that is silent for two seconds is down.
     #[must_use]
     pub fn new(identity: LinkIdentity, roster: Roster) -> Self {
-        Self { identity, roster, socket: None, idle_timeout: IDLE_TIMEOUT }
+        Self { identity, roster, socket: None, idle_timeout: IDLE_TIMEOUT, greeting_timeout: GREETING_MAX }
     }
 }
 
@@ -92,6 +94,7 @@ impl QuicConfig {
 struct Node {
     core: Arc<Core>,
     greeter: Greeter,
+    greeting_timeout: Duration,
     endpoint: Endpoint,
     addresses: BTreeMap<NodeId, SocketAddr>,
     sessions: TaskTracker,
@@ -99,13 +102,13 @@ struct Node {
 
 /// Binds, listens and dials.
 pub(super) fn start(config: QuicConfig, core: &Arc<Core>) -> Result<(), NetworkError> {
-    let QuicConfig { identity, roster, socket, idle_timeout } = config;
+    let QuicConfig { identity, roster, socket, idle_timeout, greeting_timeout } = config;
     let own = identity.node().clone();
     let addresses: BTreeMap<_, _> =
         roster.members.iter().map(|(node, member)| (node.clone(), member.address)).collect();
     let greeter = Greeter::new(identity, roster)?;
     let endpoint = endpoint(&own, socket, &addresses, idle_timeout)?;
-    let node = Arc::new(Node { core: Arc::clone(core), greeter, endpoint, addresses, sessions: TaskTracker::new() });
+    let node = Arc::new(Node { core: Arc::clone(core), greeter, greeting_timeout, endpoint, addresses, sessions: TaskTracker::new() });
     core.spawn(Arc::clone(&node).accept());
     for peer in node.addresses.keys().filter(|peer| **peer > own) {
         core.spawn(Arc::clone(&node).keep_dialled(peer.clone()));
@@ -210,7 +213,7 @@ impl Node {
         let remote = incoming.remote_address();
         let greeted = tokio::select! {
             () = self.core.closing().cancelled() => return,
-            greeted = greeting::accept(&self.greeter, incoming) => greeted,
+            greeted = greeting::accept(&self.greeter, incoming, self.greeting_timeout) => greeted,
         };
         drop(permit);
         match greeted {
@@ -279,7 +282,7 @@ impl Node {
             .endpoint
             .connect(*address, encryption::SERVER_NAME)
             .map_err(|error| DownReason::Unreachable(error.to_string()))?;
-        greeting::dial(&self.greeter, connecting, peer).await
+        greeting::dial(&self.greeter, connecting, peer, self.greeting_timeout).await
     }
 
     fn show_circuit(&self, peer: &NodeId, breaker: &Breaker) {

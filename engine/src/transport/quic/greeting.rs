@@ -3,15 +3,17 @@
 //! The dialler opens the first stream and says hello; the accepter judges it and answers welcome, or closes with the
 //! reason. A greeting is two bytes of length and that many bytes.
 //!
-//! Invariants: both sides are done within [`GREETING_MAX`], or the connection is closed; nothing but greetings is read or
+//! Invariants: both sides are done within the time limit, or the connection is closed; nothing but greetings is read or
 //! written here.
 
+use std::time::Duration;
+
+use butterfly_topology::NodeId;
 use quinn::{Connecting, Connection, Incoming, ReadExactError, RecvStream, SendStream, WriteError};
 
 use super::super::DownReason;
 use super::super::identity::{EXPORTER_BYTES, EXPORTER_LABEL, Greeter, HELLO_BYTES_MAX, Proved, Refusal, Role};
-use super::{GREETING_MAX, close, reason_of};
-use butterfly_topology::NodeId;
+use super::{close, reason_of};
 
 /// Messages go before frames.
 const MESSAGE_PRIORITY: i32 = 1;
@@ -25,25 +27,25 @@ pub(super) struct Greeted {
 }
 
 /// Dials, says hello and judges the welcome.
-pub(super) async fn dial(greeter: &Greeter, connecting: Connecting, peer: &NodeId) -> Result<Greeted, DownReason> {
-    let late = || DownReason::Unreachable("no welcome in time".to_owned());
-    let greeting = async {
-        let connection = connecting.await.map_err(reason_of)?;
-        let judged = greet_as_dialler(greeter, &connection, peer).await;
-        finish(connection, judged)
-    };
-    tokio::time::timeout(GREETING_MAX, greeting).await.unwrap_or_else(|_| Err(late()))
+pub(super) async fn dial(greeter: &Greeter, connecting: Connecting, peer: &NodeId, limit: Duration) -> Result<Greeted, DownReason> {
+    let connection = established(connecting, limit).await?;
+    let judged = tokio::time::timeout(limit, greet_as_dialler(greeter, &connection, peer)).await;
+    finish(connection, judged.unwrap_or(Err(DownReason::Distrusted(Refusal::Late))))
 }
 
 /// Accepts, judges the hello and says welcome.
-pub(super) async fn accept(greeter: &Greeter, incoming: Incoming) -> Result<Greeted, DownReason> {
-    let greeting = async {
-        let connection = incoming.accept().map_err(reason_of)?.await.map_err(reason_of)?;
-        let judged = tokio::time::timeout(GREETING_MAX, greet_as_accepter(greeter, &connection)).await;
-        finish(connection, judged.unwrap_or(Err(DownReason::Distrusted(Refusal::Late))))
-    };
-    // Until the encryption layer is done there is nobody to tell.
-    tokio::time::timeout(2 * GREETING_MAX, greeting).await.unwrap_or(Err(DownReason::Distrusted(Refusal::Late)))
+pub(super) async fn accept(greeter: &Greeter, incoming: Incoming, limit: Duration) -> Result<Greeted, DownReason> {
+    let connection = established(incoming.accept().map_err(reason_of)?, limit).await?;
+    let judged = tokio::time::timeout(limit, greet_as_accepter(greeter, &connection)).await;
+    finish(connection, judged.unwrap_or(Err(DownReason::Distrusted(Refusal::Late))))
+}
+
+/// The connection once the encryption layer is done, which a peer may drag out as it may the greeting.
+async fn established(connecting: Connecting, limit: Duration) -> Result<Connection, DownReason> {
+    match tokio::time::timeout(limit, connecting).await {
+        Ok(connected) => connected.map_err(reason_of),
+        Err(_) => Err(DownReason::Unreachable("the encryption layer took too long".to_owned())),
+    }
 }
 
 type Judged = Result<(Proved, SendStream, RecvStream), DownReason>;
