@@ -2,6 +2,7 @@
 //! Knows no rule.
 
 use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
 
 use crate::root;
 
@@ -38,7 +39,12 @@ impl Source {
 }
 
 /// Every Rust file of the project.
-pub(crate) fn sources() -> Vec<Source> {
+pub(crate) fn sources() -> &'static [Source] {
+    static SOURCES: LazyLock<Vec<Source>> = LazyLock::new(read_all);
+    &SOURCES
+}
+
+fn read_all() -> Vec<Source> {
     let mut paths = Vec::new();
     for folder in ["topology", "engine", "stages", "benches", "fuzz", "examples"] {
         collect(&root().join(folder), &mut paths);

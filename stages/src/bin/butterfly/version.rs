@@ -22,7 +22,7 @@ pub(crate) fn run(_: &Args, global: &Global) -> Result<(), Failure> {
     let profile_digest = hex::encode(kernels::profile_digest());
     let path = kernels::Path::detect();
     let instructions = match &path {
-        Ok(path) => format!("{path:?}").to_lowercase(),
+        Ok(path) => path.name().to_owned(),
         Err(unsupported) => format!("none: {unsupported}"),
     };
     let adversary = cfg!(feature = "adversary");

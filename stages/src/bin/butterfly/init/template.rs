@@ -5,6 +5,12 @@ use std::net::SocketAddr;
 
 use butterfly_topology::NodeId;
 
+/// What else may be said of a node.
+const NODE_HINTS: &str = "\
+# domain = \"lab-a\"           # who operates it; replicas of a slice go to different domains where they can
+# memory = \"4 GiB\"           # what it has for weights and caches; unlimited when absent
+";
+
 /// One node of the new cluster; the first one is the gateway.
 pub(super) struct Member {
     pub(super) id: NodeId,
@@ -32,21 +38,17 @@ impl Template<'_> {
 
     fn write(&self, text: &mut String) -> std::fmt::Result {
         self.write_cluster(text)?;
-        for member in self.members {
+        for (index, member) in self.members.iter().enumerate() {
             write!(
                 text,
-                "
-[[node]]
-id = {}
-listen_address = \"{}\"
-public_key = \"{}\"
-# domain = \"lab-a\"            # who operates it; replicas of a slice go to different domains where they can
-# memory = \"4 GiB\"            # what it has for weights and caches; unlimited when absent
-",
+                "\n[[node]]\nid = {}\nlisten_address = \"{}\"\npublic_key = \"{}\"\n",
                 quoted(member.id.as_str()),
                 member.address,
                 member.public_key,
             )?;
+            if index == 0 {
+                text.push_str(NODE_HINTS);
+            }
         }
         self.write_stages(text)
     }
@@ -147,8 +149,10 @@ fn quoted(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use butterfly::registry::catalogue;
+
+    use super::*;
+    use crate::key_file;
 
     #[test]
     fn the_template_passes_the_check_without_a_warning() {
@@ -156,7 +160,7 @@ mod tests {
             let members: Vec<Member> = (0..count)
                 .map(|index| Member {
                     id: NodeId::parse(&format!("n{index}")).unwrap(),
-                    public_key: format!("02{index:064x}"),
+                    public_key: key_file::public_hex(&key_file::generate()),
                     address: SocketAddr::from(([127, 0, 0, 1], 9000 + u16::from(index))),
                 })
                 .collect();
