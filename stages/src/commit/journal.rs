@@ -1,0 +1,232 @@
+//! The durable log of a node: accepted requests, their ends, and evidence, on a thread of its own.
+//!
+//! Group commit: whatever waits when a transaction begins goes into it together, so the price of making things durable is
+//! shared by as many as are waiting. A method that changes the log returns when its change is on disk.
+//!
+//! Invariants: changes are applied in the order in which the calls entered the queue; the queue is bounded in entries and
+//! bytes; after a failed transaction the log takes nothing more, so that nothing later is durable while something earlier is
+//! not.
+//!
+//! It refuses to know who waits for an answer, and whether one is right.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::JoinHandle;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
+
+use super::log::{Change, Log};
+pub use super::log::{JournalError, TASK_ID_BYTES_MAX};
+pub use super::record::{Accepted, Open, Outcome, Record, Settled, TaskKind};
+use crate::items::RequestId;
+
+/// Calls that wait for the log at most; further ones wait to enter the queue.
+pub const CALLS_WAITING_MAX: usize = 4096;
+/// Calls that share a transaction at most.
+const CALLS_AT_ONCE_MAX: usize = 1024;
+/// Bytes that wait for the log at most.
+const BYTES_WAITING_MAX: u32 = 64 << 20;
+
+/// The durable log.
+#[derive(Debug)]
+pub struct Journal {
+    path: PathBuf,
+    log: Arc<Log>,
+    room: Arc<Semaphore>,
+    calls: Option<mpsc::Sender<Call>>,
+    failure: watch::Receiver<Option<JournalError>>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// Changes that one caller wants made, in one transaction.
+#[derive(Debug)]
+struct Call {
+    changes: Vec<Change>,
+    done: oneshot::Sender<Result<Vec<bool>, JournalError>>,
+    _room: OwnedSemaphorePermit,
+}
+
+impl Journal {
+    /// Opens the log at `path`, or begins one where there is none.
+    ///
+    /// # Errors
+    /// When another process has it open, when it was written in another layout, when it is damaged or something else
+    /// than a log, and when the file system refuses.
+    pub fn open(path: &Path) -> Result<Arc<Self>, JournalError> {
+        let log = Arc::new(Log::open(path)?);
+        let (calls, queue) = mpsc::channel(CALLS_WAITING_MAX);
+        let (failed, failure) = watch::channel(None);
+        let thread = std::thread::Builder::new().name("butterfly-journal".to_owned());
+        let thread = thread.spawn({
+            let log = Arc::clone(&log);
+            move || write_until_closed(&log, queue, &failed)
+        });
+        let thread =
+            thread.map_err(|error| JournalError::Storage { path: path.to_owned(), reason: error.to_string() })?;
+        Ok(Arc::new(Self {
+            path: path.to_owned(),
+            log,
+            room: Arc::new(Semaphore::new(BYTES_WAITING_MAX as usize)),
+            calls: Some(calls),
+            failure,
+            thread: Mutex::new(Some(thread)),
+        }))
+    }
+
+    /// The file.
+    #[must_use]
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Records that a request was accepted.
+    ///
+    /// A cancelled call may or may not have been recorded.
+    ///
+    /// # Errors
+    /// When the request is known already, and when the log cannot be written.
+    pub async fn accept(&self, accepted: Accepted) -> Result<(), JournalError> {
+        let rd = accepted.rd;
+        let recorded = self.change(vec![Change::Accept(accepted)]).await?;
+        if recorded.first() == Some(&true) { Ok(()) } else { Err(JournalError::Known(rd)) }
+    }
+
+    /// Records how requests ended, all in one transaction. For each it says whether this is its end: false when it was
+    /// settled before, whose outcome stays, and when it was never accepted here.
+    ///
+    /// A cancelled call may or may not have been recorded.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub async fn settle(&self, settled: Vec<Settled>) -> Result<Vec<bool>, JournalError> {
+        self.settle_with_evidence(settled, Vec::new()).await
+    }
+
+    /// Like [`settle`](Self::settle), with evidence (as JSON) in the same transaction.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub async fn settle_with_evidence(
+        &self,
+        settled: Vec<Settled>,
+        evidence: Vec<Vec<u8>>,
+    ) -> Result<Vec<bool>, JournalError> {
+        let ends = settled.len();
+        let changes = settled.into_iter().map(Change::Settle).chain(evidence.into_iter().map(Change::Evidence));
+        let mut effects = self.change(changes.collect()).await?;
+        effects.truncate(ends);
+        Ok(effects)
+    }
+
+    /// Records evidence, as JSON. The same piece is kept once.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub async fn evidence(&self, evidence: Vec<Vec<u8>>) -> Result<(), JournalError> {
+        self.settle_with_evidence(Vec::new(), evidence).await.map(drop)
+    }
+
+    /// Records that an open request is started once more, as after a restart.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub async fn restart(&self, requests: Vec<RequestId>) -> Result<(), JournalError> {
+        self.change(requests.into_iter().map(Change::Restart).collect()).await.map(drop)
+    }
+
+    /// The latest request of a client under a task id. It reads the file: a short blocking call.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn task(&self, client: &str, task_id: &str) -> Result<Option<Record>, JournalError> {
+        self.log.task(client, task_id)
+    }
+
+    /// The record of a request. It reads the file: a short blocking call.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn record(&self, rd: &RequestId) -> Result<Option<Record>, JournalError> {
+        self.log.record(rd)
+    }
+
+    /// Every request that was accepted and not settled, in the order of acceptance: what a restart finishes or fails.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn open_requests(&self) -> Result<Vec<Open>, JournalError> {
+        self.log.open_requests()
+    }
+
+    /// Every piece of evidence, as JSON, each once.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn all_evidence(&self) -> Result<Vec<Vec<u8>>, JournalError> {
+        self.log.evidence()
+    }
+
+    /// The error after which nothing more is recorded, if there was one.
+    #[must_use]
+    pub fn failure(&self) -> Option<JournalError> {
+        self.failure.borrow().clone()
+    }
+
+    async fn change(&self, changes: Vec<Change>) -> Result<Vec<bool>, JournalError> {
+        if changes.is_empty() {
+            return Ok(Vec::new());
+        }
+        let bytes = changes.iter().map(Change::size_bytes).fold(0, usize::saturating_add);
+        let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(BYTES_WAITING_MAX);
+        let room = Arc::clone(&self.room).acquire_many_owned(bytes).await.map_err(|_| JournalError::Closed)?;
+        let (done, outcome) = oneshot::channel();
+        let calls = self.calls.as_ref().ok_or(JournalError::Closed)?;
+        let entered = calls.send(Call { changes, done, _room: room }).await;
+        let closed = || self.failure().unwrap_or(JournalError::Closed);
+        entered.map_err(|_| closed())?;
+        outcome.await.unwrap_or_else(|_| Err(closed()))
+    }
+}
+
+impl Drop for Journal {
+    fn drop(&mut self) {
+        self.calls = None;
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(thread) = thread {
+            // The thread ends as soon as the queue is empty. One that panicked has nothing left to write.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// The journal's thread: one transaction after another, each with all that waits.
+fn write_until_closed(log: &Log, mut queue: mpsc::Receiver<Call>, failed: &watch::Sender<Option<JournalError>>) {
+    let mut calls = Vec::new();
+    while queue.blocking_recv_many(&mut calls, CALLS_AT_ONCE_MAX) > 0 {
+        match log.apply(calls.iter().flat_map(|call| &call.changes)) {
+            Ok(effects) => {
+                let mut effects = effects.into_iter();
+                for call in calls.drain(..) {
+                    let own = effects.by_ref().take(call.changes.len()).collect();
+                    // A caller that has gone away does not need its answer.
+                    let _ = call.done.send(Ok(own));
+                }
+            }
+            Err(error) => {
+                tracing::error!(%error, "the log takes nothing more");
+                failed.send_replace(Some(error.clone()));
+                queue.close();
+                while let Ok(call) = queue.try_recv() {
+                    calls.push(call);
+                }
+                for call in calls.drain(..) {
+                    let _ = call.done.send(Err(error.clone()));
+                }
+                return;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

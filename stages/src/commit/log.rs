@@ -1,0 +1,398 @@
+//! The tables of the durable log, and what one transaction does to them.
+//!
+//! Every accepted request has a sequence number; bulk is stored under it, so that new entries land side by side, and the
+//! two indices (by request id, by client and task id) stay small.
+//!
+//! Invariants: a transaction is whole or absent, whatever kills the process; a request is settled at most once, and the first
+//! settlement stays; what is open is exactly what was accepted and not settled.
+//!
+//! It refuses to know threads, and what the stored bytes mean.
+
+use std::fs::{self, File};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use redb::{
+    Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition, TableError,
+    WriteTransaction,
+};
+use sha2::{Digest as _, Sha256};
+
+use super::record::{self, Accepted, Open, Record, Settled};
+use crate::items::RequestId;
+
+/// Version of the layout below. A log of another version is refused.
+const VERSION: u64 = 1;
+/// Memory for cached pages, in bytes.
+const CACHE_BYTES: usize = 32 << 20;
+/// Longest task id, in bytes.
+pub const TASK_ID_BYTES_MAX: usize = 256;
+
+const META: TableDefinition<'_, &str, u64> = TableDefinition::new("butterfly");
+const IDS: TableDefinition<'_, &[u8; 32], u64> = TableDefinition::new("ids");
+const TASKS: TableDefinition<'_, (&str, &str), u64> = TableDefinition::new("tasks");
+const REQUESTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("requests");
+const OUTCOMES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("outcomes");
+/// Open requests, with the number of times each was started.
+const OPEN: TableDefinition<'_, u64, u32> = TableDefinition::new("open");
+/// Evidence by its digest, so that the same piece is kept once.
+const EVIDENCE: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("evidence");
+
+/// What the log could not do.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum JournalError {
+    /// Another process has the log open.
+    #[error("{}: the log is open in another process; stop that process, or give this node another data directory", path.display())]
+    Locked {
+        /// The file.
+        path: PathBuf,
+    },
+    /// The log was written in another layout.
+    #[error("{}: the log has version {found}, and this program reads version {VERSION}; \
+             use the program that wrote it, or move the file away to begin a new log", path.display())]
+    Version {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u64,
+    },
+    /// The file holds something else.
+    #[error("{}: this is not a log of this program ({reason}); name another file, or move this one away", path.display())]
+    Foreign {
+        /// The file.
+        path: PathBuf,
+        /// What shows it.
+        reason: String,
+    },
+    /// The file was changed or cut from outside.
+    #[error("{}: the log is damaged ({reason}); restore it from a copy, or move it away to begin a new log: \
+             receipts in it are lost to this node, and requests that were open are not resumed", path.display())]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// What shows it.
+        reason: String,
+    },
+    /// The file cannot be read or written.
+    #[error("{}: {reason}", path.display())]
+    Storage {
+        /// The file.
+        path: PathBuf,
+        /// What the storage said.
+        reason: String,
+    },
+    /// The request is in the log already.
+    #[error("request {0} is in the log already")]
+    Known(RequestId),
+    /// The log was closed, or its thread ended after an error.
+    #[error("the log is closed")]
+    Closed,
+}
+
+/// One change.
+#[derive(Debug)]
+pub(super) enum Change {
+    /// A request was accepted.
+    Accept(Accepted),
+    /// A request was settled.
+    Settle(Settled),
+    /// An open request is started once more.
+    Restart(RequestId),
+    /// A node was caught.
+    Evidence(Vec<u8>),
+}
+
+impl Change {
+    /// Roughly the memory it keeps.
+    pub(super) fn size_bytes(&self) -> usize {
+        size_of::<Self>()
+            + match self {
+                Self::Accept(accepted) => accepted.size_bytes(),
+                Self::Settle(settled) => settled.outcome.size_bytes(),
+                Self::Restart(_) => 0,
+                Self::Evidence(bytes) => bytes.len(),
+            }
+    }
+}
+
+/// The open log.
+#[derive(Debug)]
+pub(super) struct Log {
+    path: PathBuf,
+    database: Database,
+}
+
+impl Log {
+    /// Opens the log, or begins one where there is no file. The integrity of a log is checked whenever it is opened, which
+    /// reads all of it.
+    pub(super) fn open(path: &Path) -> Result<Self, JournalError> {
+        let exists = path.try_exists().map_err(|error| storage(path, &error))?;
+        if !exists {
+            return Self::begin(path);
+        }
+        let mut builder = Database::builder();
+        builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+        let database = builder.open(path).map_err(|error| opening(path, error))?;
+        let log = Self { path: path.to_owned(), database };
+        log.check_version()?;
+        // Another link to this file, if a process was killed between naming it and this.
+        let _ = fs::remove_file(unfinished(path));
+        Ok(log)
+    }
+
+    /// Begins a log under another name and gives it its own when it is whole: a process killed here leaves no file that
+    /// looks like a damaged log. The second name is made as a link, which never replaces what another process began.
+    fn begin(path: &Path) -> Result<Self, JournalError> {
+        let unfinished = unfinished(path);
+        let mut builder = Database::builder();
+        builder.set_cache_size(CACHE_BYTES);
+        let database = match builder.create(&unfinished) {
+            Ok(database) => database,
+            Err(DatabaseError::DatabaseAlreadyOpen) => return Err(JournalError::Locked { path: path.to_owned() }),
+            Err(_) if unfinished.exists() => {
+                // Left by a process that was killed before the file had its name: nothing was promised in it.
+                fs::remove_file(&unfinished).map_err(|error| storage(&unfinished, &error))?;
+                builder.create(&unfinished).map_err(|error| opening(path, error))?
+            }
+            Err(error) => return Err(opening(path, error)),
+        };
+        let log = Self { path: path.to_owned(), database };
+        log.write(|transaction| {
+            transaction.open_table(META)?.insert("version", VERSION)?;
+            Tables::open(transaction).map(drop)
+        })?;
+        let named = fs::hard_link(&unfinished, path).and_then(|()| fs::remove_file(&unfinished));
+        named.and_then(|()| sync_directory(path)).map_err(|error| storage(path, &error))?;
+        Ok(log)
+    }
+
+    /// Makes every change in one durable transaction. For each it says whether it had an effect: false for a request that is
+    /// known or settled already, and for one that is not known.
+    pub(super) fn apply<'a>(&self, changes: impl Iterator<Item = &'a Change>) -> Result<Vec<bool>, JournalError> {
+        self.write(|transaction| {
+            let mut tables = Tables::open(transaction)?;
+            changes.map(|change| tables.apply(change)).collect()
+        })
+    }
+
+    /// The record of a request.
+    pub(super) fn record(&self, rd: &RequestId) -> Result<Option<Record>, JournalError> {
+        self.find(|transaction| {
+            let found = transaction.open_table(IDS)?.get(rd.as_bytes())?;
+            Ok(found.map(|sequence| sequence.value()))
+        })
+    }
+
+    /// The record of the latest request of a client under a task id.
+    pub(super) fn task(&self, client: &str, task_id: &str) -> Result<Option<Record>, JournalError> {
+        self.find(|transaction| {
+            let found = transaction.open_table(TASKS)?.get((client, task_id))?;
+            Ok(found.map(|sequence| sequence.value()))
+        })
+    }
+
+    /// Every request that was accepted and not settled, in the order of acceptance.
+    pub(super) fn open_requests(&self) -> Result<Vec<Open>, JournalError> {
+        self.read(|transaction| {
+            let requests = transaction.open_table(REQUESTS)?;
+            let mut open = Vec::new();
+            for entry in transaction.open_table(OPEN)?.iter()? {
+                let (sequence, starts) = entry?;
+                let bytes = requests.get(sequence.value())?.ok_or_else(|| missing("requests", sequence.value()))?;
+                open.push(Open { accepted: record::read_accepted(bytes.value())?, starts: starts.value() });
+            }
+            Ok(open)
+        })
+    }
+
+    /// Every piece of evidence, by digest.
+    pub(super) fn evidence(&self) -> Result<Vec<Vec<u8>>, JournalError> {
+        self.read(|transaction| {
+            let table = transaction.open_table(EVIDENCE)?;
+            table.iter()?.map(|entry| Ok(entry?.1.value().to_vec())).collect()
+        })
+    }
+
+    fn check_version(&self) -> Result<(), JournalError> {
+        let found = self.read(|transaction| match transaction.open_table(META) {
+            Ok(table) => Ok(table.get("version")?.map(|version| version.value())),
+            Err(TableError::Storage(error)) => Err(error.into()),
+            Err(_) => Ok(None),
+        })?;
+        match found {
+            Some(VERSION) => Ok(()),
+            Some(found) => Err(JournalError::Version { path: self.path.clone(), found }),
+            None => Err(JournalError::Foreign {
+                path: self.path.clone(),
+                reason: "a database without the version of a log".to_owned(),
+            }),
+        }
+    }
+
+    fn find(
+        &self,
+        sequence: impl FnOnce(&redb::ReadTransaction) -> Result<Option<u64>, Fault>,
+    ) -> Result<Option<Record>, JournalError> {
+        self.read(|transaction| {
+            let Some(sequence) = sequence(transaction)? else { return Ok(None) };
+            let requests = transaction.open_table(REQUESTS)?;
+            let bytes = requests.get(sequence)?.ok_or_else(|| missing("requests", sequence))?;
+            let accepted = record::read_accepted(bytes.value())?;
+            let outcomes = transaction.open_table(OUTCOMES)?;
+            let outcome = outcomes.get(sequence)?.map(|bytes| record::read_outcome(bytes.value())).transpose()?;
+            Ok(Some(Record { accepted, outcome }))
+        })
+    }
+
+    fn read<T>(&self, reader: impl FnOnce(&redb::ReadTransaction) -> Result<T, Fault>) -> Result<T, JournalError> {
+        let result = self.database.begin_read().map_err(Fault::from).and_then(|transaction| reader(&transaction));
+        result.map_err(|fault| fault.at(&self.path))
+    }
+
+    fn write<T>(&self, writer: impl FnOnce(&WriteTransaction) -> Result<T, Fault>) -> Result<T, JournalError> {
+        let attempt = || {
+            let transaction = self.database.begin_write()?;
+            // An error drops the transaction, which takes every change back.
+            let result = writer(&transaction)?;
+            transaction.commit()?;
+            Ok(result)
+        };
+        attempt().map_err(|fault: Fault| fault.at(&self.path))
+    }
+}
+
+/// The tables of one write transaction.
+struct Tables<'t> {
+    ids: redb::Table<'t, &'static [u8; 32], u64>,
+    tasks: redb::Table<'t, (&'static str, &'static str), u64>,
+    requests: redb::Table<'t, u64, &'static [u8]>,
+    outcomes: redb::Table<'t, u64, &'static [u8]>,
+    open: redb::Table<'t, u64, u32>,
+    evidence: redb::Table<'t, &'static [u8; 32], &'static [u8]>,
+}
+
+impl<'t> Tables<'t> {
+    fn open(transaction: &'t WriteTransaction) -> Result<Self, Fault> {
+        Ok(Self {
+            ids: transaction.open_table(IDS)?,
+            tasks: transaction.open_table(TASKS)?,
+            requests: transaction.open_table(REQUESTS)?,
+            outcomes: transaction.open_table(OUTCOMES)?,
+            open: transaction.open_table(OPEN)?,
+            evidence: transaction.open_table(EVIDENCE)?,
+        })
+    }
+
+    fn apply(&mut self, change: &Change) -> Result<bool, Fault> {
+        match change {
+            Change::Accept(accepted) => self.accept(accepted),
+            Change::Settle(settled) => self.settle(settled),
+            Change::Restart(rd) => self.restart(rd),
+            Change::Evidence(bytes) => {
+                let digest: [u8; 32] = Sha256::digest(bytes).into();
+                Ok(self.evidence.insert(&digest, bytes.as_slice())?.is_none())
+            }
+        }
+    }
+
+    fn accept(&mut self, accepted: &Accepted) -> Result<bool, Fault> {
+        if self.ids.get(accepted.rd.as_bytes())?.is_some() {
+            return Ok(false);
+        }
+        let last = self.requests.last()?.map_or(0, |(sequence, _)| sequence.value());
+        let sequence = last + 1;
+        self.ids.insert(accepted.rd.as_bytes(), sequence)?;
+        self.tasks.insert((accepted.client.as_str(), accepted.task_id.as_str()), sequence)?;
+        self.requests.insert(sequence, record::write_accepted(accepted).as_slice())?;
+        self.open.insert(sequence, 1)?;
+        Ok(true)
+    }
+
+    fn settle(&mut self, settled: &Settled) -> Result<bool, Fault> {
+        let Some(sequence) = self.sequence(&settled.rd)? else { return Ok(false) };
+        if self.open.remove(sequence)?.is_none() {
+            return Ok(false);
+        }
+        self.outcomes.insert(sequence, record::write_outcome(&settled.outcome).as_slice())?;
+        Ok(true)
+    }
+
+    fn restart(&mut self, rd: &RequestId) -> Result<bool, Fault> {
+        let Some(sequence) = self.sequence(rd)? else { return Ok(false) };
+        let Some(starts) = self.open.get(sequence)?.map(|starts| starts.value()) else { return Ok(false) };
+        self.open.insert(sequence, starts.saturating_add(1))?;
+        Ok(true)
+    }
+
+    fn sequence(&self, rd: &RequestId) -> Result<Option<u64>, Fault> {
+        Ok(self.ids.get(rd.as_bytes())?.map(|sequence| sequence.value()))
+    }
+}
+
+/// What went wrong inside a transaction, before the file is named.
+enum Fault {
+    Storage(redb::Error),
+    Damaged(String),
+}
+
+impl Fault {
+    fn at(self, path: &Path) -> JournalError {
+        match self {
+            Self::Storage(redb::Error::Corrupted(reason)) | Self::Damaged(reason) => {
+                JournalError::Damaged { path: path.to_owned(), reason }
+            }
+            Self::Storage(error) => storage(path, &error),
+        }
+    }
+}
+
+impl<E: Into<redb::Error>> From<E> for Fault {
+    fn from(error: E) -> Self {
+        Self::Storage(error.into())
+    }
+}
+
+impl From<record::Malformed> for Fault {
+    fn from(malformed: record::Malformed) -> Self {
+        Self::Damaged(malformed.to_string())
+    }
+}
+
+fn missing(table: &str, sequence: u64) -> Fault {
+    Fault::Damaged(format!("entry {sequence} is missing in table {table}"))
+}
+
+fn storage(path: &Path, reason: &dyn std::fmt::Display) -> JournalError {
+    JournalError::Storage { path: path.to_owned(), reason: reason.to_string() }
+}
+
+fn opening(path: &Path, error: DatabaseError) -> JournalError {
+    let path = path.to_owned();
+    match error {
+        DatabaseError::DatabaseAlreadyOpen => JournalError::Locked { path },
+        DatabaseError::Storage(StorageError::Io(error)) if error.kind() == io::ErrorKind::InvalidData => {
+            JournalError::Foreign { path, reason: error.to_string() }
+        }
+        DatabaseError::Storage(StorageError::Io(error)) if error.kind() == io::ErrorKind::UnexpectedEof => {
+            JournalError::Damaged { path, reason: error.to_string() }
+        }
+        DatabaseError::Storage(StorageError::Corrupted(reason)) => JournalError::Damaged { path, reason },
+        DatabaseError::UpgradeRequired(version) => {
+            JournalError::Foreign { path, reason: format!("database format {version}") }
+        }
+        error => storage(&path, &error),
+    }
+}
+
+/// The name of a log that is being begun.
+fn unfinished(path: &Path) -> PathBuf {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".new");
+    PathBuf::from(name)
+}
+
+/// Makes a new file's name durable.
+fn sync_directory(path: &Path) -> io::Result<()> {
+    let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    File::open(parent)?.sync_all()
+}

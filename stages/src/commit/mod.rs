@@ -1,0 +1,144 @@
+//! The commit stage: what was decided is made durable, then told.
+//!
+//! Decisions are taken from the edge together, written in one transaction, and only then given to whoever waits. Tokens of a
+//! stream are passed on at once: they are part of no promise, the certificate at the end is.
+//!
+//! Invariants: a client hears of an end only when that end is in the log; of several ends of one request the log takes the
+//! first, and only that one is told. An end that cannot be written stops the node.
+//!
+//! It refuses to know votes and HTTP.
+
+pub mod journal;
+mod log;
+mod record;
+
+use std::sync::Arc;
+
+use butterfly_engine::channel::Receiver;
+use butterfly_engine::stage::{Stage, StageContext, StageError};
+use butterfly_engine::telemetry::Event;
+use butterfly_verify::{Answer, Receipt};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+
+pub use journal::{Accepted, Journal, JournalError, Open, Outcome, Record, Settled, TASK_ID_BYTES_MAX, TaskKind};
+
+use crate::error::TaskError;
+use crate::ingest::{Completed, Failure, TaskResult};
+use crate::items::{Decided, RequestId};
+use crate::services::Services;
+
+/// Decisions that share a transaction at most.
+const DECISIONS_AT_ONCE_MAX: usize = 1024;
+
+/// The stage.
+pub struct CommitStage {
+    input: Receiver<Decided>,
+    services: Services,
+}
+
+impl CommitStage {
+    /// The stage, writing to the node's journal and answering through its board.
+    #[must_use]
+    pub fn new(input: Receiver<Decided>, services: Services) -> Self {
+        Self { input, services }
+    }
+}
+
+impl Stage for CommitStage {
+    fn run(mut self: Box<Self>, context: StageContext) -> BoxFuture<'static, Result<(), StageError>> {
+        async move {
+            context.ready();
+            loop {
+                let batch = tokio::select! {
+                    biased;
+                    batch = self.input.recv_many(DECISIONS_AT_ONCE_MAX) => batch,
+                    () = context.shutdown.completing() => Vec::new(),
+                };
+                if batch.is_empty() {
+                    return Ok(());
+                }
+                self.commit(batch, &context).await?;
+            }
+        }
+        .boxed()
+    }
+}
+
+impl CommitStage {
+    async fn commit(&self, batch: Vec<Decided>, context: &StageContext) -> Result<(), StageError> {
+        let mut batch = self.sort(batch);
+        if batch.settled.is_empty() && batch.evidence.is_empty() {
+            return Ok(());
+        }
+        let began = context.clock.now();
+        let settled = std::mem::take(&mut batch.settled);
+        let written = self.services.journal.settle_with_evidence(settled, batch.evidence).await;
+        let first = written.map_err(|error| StageError::environment("write the log", error))?;
+        let metrics = context.telemetry.metrics();
+        metrics.commit_seconds.record(context.clock.now().saturating_sub(began));
+        for ((rd, result), first) in batch.ends.into_iter().zip(first) {
+            if !first {
+                continue;
+            }
+            if result.is_ok() {
+                metrics.receipts_total.inc();
+                context.telemetry.events().emit_with(|| Event::new("certified").stage(&context.stage).request(rd));
+            }
+            self.services.board.settle(&rd, result);
+        }
+        Ok(())
+    }
+
+    /// Passes tokens on, and sorts the rest into what is written and what is told afterwards.
+    fn sort(&self, decisions: Vec<Decided>) -> Batch {
+        let mut batch = Batch::default();
+        for decided in decisions {
+            match decided {
+                Decided::Progress { rd, index, tokens } => self.services.board.progress(&rd, index, &tokens),
+                Decided::Certified { rd, receipt, answer } => self.certified(&mut batch, rd, *receipt, *answer),
+                Decided::Failed { rd, error } => {
+                    if self.services.board.is_living(&rd) {
+                        batch.end(rd, Outcome::Failed { error: Failure::from(&error).to_json() }, Err(error));
+                    }
+                }
+                Decided::Accused { evidence } => match serde_json::to_vec(&evidence) {
+                    Ok(bytes) => batch.evidence.push(bytes),
+                    Err(error) => tracing::error!(%error, "evidence could not be written as JSON"),
+                },
+            }
+        }
+        batch
+    }
+
+    fn certified(&self, batch: &mut Batch, rd: RequestId, receipt: Receipt, answer: Answer) {
+        // A request that nobody waits for any more has its end in the log already, or will soon.
+        let Some((task_id, request)) = self.services.board.task(&rd) else { return };
+        match serde_json::to_vec(&receipt) {
+            Ok(bytes) => {
+                let outcome = Outcome::Certified { receipt: bytes, answer: answer.encode() };
+                batch.end(rd, outcome, Ok(Arc::new(Completed { task_id, request, answer, receipt })));
+            }
+            Err(error) => {
+                let error = TaskError::Internal(format!("the receipt could not be written as JSON: {error}"));
+                batch.end(rd, Outcome::Failed { error: Failure::from(&error).to_json() }, Err(error));
+            }
+        }
+    }
+}
+
+/// Decisions, sorted.
+#[derive(Default)]
+struct Batch {
+    settled: Vec<Settled>,
+    /// In the order of `settled`.
+    ends: Vec<(RequestId, TaskResult)>,
+    evidence: Vec<Vec<u8>>,
+}
+
+impl Batch {
+    fn end(&mut self, rd: RequestId, outcome: Outcome, result: TaskResult) {
+        self.settled.push(Settled { rd, outcome });
+        self.ends.push((rd, result));
+    }
+}

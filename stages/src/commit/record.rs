@@ -1,0 +1,224 @@
+//! What the log keeps of a request, and its bytes.
+//!
+//! Layout, little-endian. Accepted: rd (32), kind (1), accepted_ms (8), client (length 2, bytes), task id (length 2,
+//! bytes), request (the rest). Outcome: 0, receipt (length 4, bytes), answer (the rest); or 1, error (the rest).
+//!
+//! It refuses to know what receipt, answer and error say.
+
+use crate::items::RequestId;
+
+/// Which route a task came by; a label of metrics.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum TaskKind {
+    /// `POST /inference`.
+    Inference,
+    /// `POST /v1/completions`.
+    Completion,
+}
+
+impl TaskKind {
+    /// All of them, as labels.
+    pub const LABELS: [&'static str; 2] = [Self::Inference.label(), Self::Completion.label()];
+
+    /// The label.
+    #[must_use]
+    pub const fn label(self) -> &'static str {
+        match self {
+            Self::Inference => "inference",
+            Self::Completion => "completion",
+        }
+    }
+}
+
+/// A request that was promised an answer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Accepted {
+    /// The request's digest.
+    pub rd: RequestId,
+    /// The route it came by.
+    pub kind: TaskKind,
+    /// When it was accepted, in milliseconds since 1970.
+    pub accepted_ms: u64,
+    /// Who asked, as the gateway knows them; task ids of different clients do not meet.
+    pub client: String,
+    /// The client's name for it.
+    pub task_id: String,
+    /// Canonical bytes of the request.
+    pub request: Vec<u8>,
+}
+
+impl Accepted {
+    pub(super) fn size_bytes(&self) -> usize {
+        self.client.len() + self.task_id.len() + self.request.len()
+    }
+}
+
+/// A request that was accepted and not settled.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Open {
+    /// What was accepted.
+    pub accepted: Accepted,
+    /// Times it was started, the first included.
+    pub starts: u32,
+}
+
+/// How a request ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Outcome {
+    /// With an answer and its proof.
+    Certified {
+        /// The receipt, as JSON.
+        receipt: Vec<u8>,
+        /// Canonical bytes of the answer.
+        answer: Vec<u8>,
+    },
+    /// Without.
+    Failed {
+        /// What the client is told, as JSON.
+        error: Vec<u8>,
+    },
+}
+
+impl Outcome {
+    pub(super) fn size_bytes(&self) -> usize {
+        match self {
+            Self::Certified { receipt, answer } => receipt.len() + answer.len(),
+            Self::Failed { error } => error.len(),
+        }
+    }
+}
+
+/// The end of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Settled {
+    /// The request.
+    pub rd: RequestId,
+    /// How it ended.
+    pub outcome: Outcome,
+}
+
+/// All that is known of a request.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Record {
+    /// What was accepted.
+    pub accepted: Accepted,
+    /// How it ended; absent while it is open.
+    pub outcome: Option<Outcome>,
+}
+
+/// Bytes that are no record.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("a record's {0} is malformed")]
+pub(super) struct Malformed(&'static str);
+
+pub(super) fn write_accepted(accepted: &Accepted) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(45 + accepted.size_bytes());
+    bytes.extend_from_slice(accepted.rd.as_bytes());
+    bytes.push(match accepted.kind {
+        TaskKind::Inference => 0,
+        TaskKind::Completion => 1,
+    });
+    bytes.extend_from_slice(&accepted.accepted_ms.to_le_bytes());
+    for text in [&accepted.client, &accepted.task_id] {
+        // Both are bounded far below; a longer one would be cut at a character, never written wrongly.
+        let cut = text.floor_char_boundary(usize::from(u16::MAX));
+        bytes.extend_from_slice(&(cut as u16).to_le_bytes());
+        bytes.extend_from_slice(&text.as_bytes()[..cut]);
+    }
+    bytes.extend_from_slice(&accepted.request);
+    bytes
+}
+
+pub(super) fn read_accepted(bytes: &[u8]) -> Result<Accepted, Malformed> {
+    let mut rest = bytes;
+    let rd = RequestId::from(array::<32>(&mut rest, "request id")?);
+    let kind = match array::<1>(&mut rest, "kind")? {
+        [0] => TaskKind::Inference,
+        [1] => TaskKind::Completion,
+        _ => return Err(Malformed("kind")),
+    };
+    let accepted_ms = u64::from_le_bytes(array(&mut rest, "time")?);
+    let client = text(&mut rest, "client")?;
+    let task_id = text(&mut rest, "task id")?;
+    Ok(Accepted { rd, kind, accepted_ms, client, task_id, request: rest.to_vec() })
+}
+
+pub(super) fn write_outcome(outcome: &Outcome) -> Vec<u8> {
+    let mut bytes = Vec::with_capacity(5 + outcome.size_bytes());
+    match outcome {
+        Outcome::Certified { receipt, answer } => {
+            bytes.push(0);
+            let length = u32::try_from(receipt.len()).unwrap_or(u32::MAX);
+            bytes.extend_from_slice(&length.to_le_bytes());
+            bytes.extend_from_slice(receipt);
+            bytes.extend_from_slice(answer);
+        }
+        Outcome::Failed { error } => {
+            bytes.push(1);
+            bytes.extend_from_slice(error);
+        }
+    }
+    bytes
+}
+
+pub(super) fn read_outcome(bytes: &[u8]) -> Result<Outcome, Malformed> {
+    let mut rest = bytes;
+    match array::<1>(&mut rest, "outcome")? {
+        [0] => {
+            let length = u32::from_le_bytes(array(&mut rest, "receipt")?);
+            let length = usize::try_from(length).map_err(|_| Malformed("receipt"))?;
+            let (receipt, answer) = rest.split_at_checked(length).ok_or(Malformed("receipt"))?;
+            Ok(Outcome::Certified { receipt: receipt.to_vec(), answer: answer.to_vec() })
+        }
+        [1] => Ok(Outcome::Failed { error: rest.to_vec() }),
+        _ => Err(Malformed("outcome")),
+    }
+}
+
+fn array<const N: usize>(rest: &mut &[u8], what: &'static str) -> Result<[u8; N], Malformed> {
+    let (head, tail) = rest.split_first_chunk::<N>().ok_or(Malformed(what))?;
+    *rest = tail;
+    Ok(*head)
+}
+
+fn text(rest: &mut &[u8], what: &'static str) -> Result<String, Malformed> {
+    let length = usize::from(u16::from_le_bytes(array(rest, what)?));
+    let (head, tail) = rest.split_at_checked(length).ok_or(Malformed(what))?;
+    *rest = tail;
+    String::from_utf8(head.to_vec()).map_err(|_| Malformed(what))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn accepted() -> Accepted {
+        Accepted {
+            rd: RequestId::from([7; 32]),
+            kind: TaskKind::Completion,
+            accepted_ms: 1_700_000_000_000,
+            client: "lab".to_owned(),
+            task_id: "übung-1".to_owned(),
+            request: vec![1, 2, 3],
+        }
+    }
+
+    #[test]
+    fn records_read_back_and_every_cut_is_refused_or_shortens_only_the_tail() {
+        let bytes = write_accepted(&accepted());
+        assert_eq!(read_accepted(&bytes), Ok(accepted()));
+        let head = bytes.len() - accepted().request.len();
+        for cut in 0..head {
+            assert!(read_accepted(&bytes[..cut]).is_err(), "cut at {cut}");
+        }
+        for outcome in [
+            Outcome::Certified { receipt: b"{}".to_vec(), answer: vec![9; 5] },
+            Outcome::Failed { error: b"{\"code\":\"x\"}".to_vec() },
+        ] {
+            assert_eq!(read_outcome(&write_outcome(&outcome)), Ok(outcome));
+        }
+        assert!(read_outcome(&[]).is_err());
+        assert!(read_outcome(&[2]).is_err());
+        assert!(read_outcome(&[0, 255, 255, 255, 255, 1]).is_err());
+    }
+}
