@@ -61,38 +61,39 @@ async fn frames_arrive_in_order_both_ways_on_each_lane(driver: Driver) {
     for mesh in &meshes {
         for name in ["transfer", "consensus"] {
             let mut port = mesh.port(lane(name), bounds(8, 1 << 20)).unwrap();
-            let (own, sender) = (mesh.node().clone(), port.sender());
-            let peers: Vec<_> = port.peers().cloned().collect();
+            let (own, sender, peers) = (mesh.node().clone(), port.sender(), port.peers().count() as u64);
             stages.push(tokio::spawn(async move {
-                for _ in &peers {
-                    assert!(matches!(port.recv().await, Some(Delivery::Up(_))));
+                let (mut next, mut sending) = (std::collections::BTreeMap::new(), Vec::new());
+                while next.values().sum::<u64>() < FRAMES * peers {
+                    for delivery in port.recv_many(16).await {
+                        match delivery {
+                            Delivery::Up(peer) => {
+                                assert_eq!(next.insert(peer.clone(), 0), None, "{own}: up once");
+                                let sender = sender.clone();
+                                sending.push(tokio::spawn(async move {
+                                    for number in 0..FRAMES {
+                                        sender.send(&peer, numbered(number)).await.unwrap();
+                                    }
+                                }));
+                            }
+                            Delivery::Frame { from, frame } => {
+                                let next = next.get_mut(&from).unwrap();
+                                assert_eq!(frame, numbered(*next), "{own}");
+                                *next += 1;
+                            }
+                            Delivery::Down(peer) => panic!("{own}: {peer} is down"),
+                        }
+                    }
                 }
-                let send = async {
-                    for number in 0..FRAMES {
-                        for peer in &peers {
-                            sender.send(peer, numbered(number)).await.unwrap();
-                        }
-                    }
-                };
-                let receive = async {
-                    let mut next = std::collections::BTreeMap::new();
-                    while next.values().sum::<u64>() < FRAMES * peers.len() as u64 {
-                        for delivery in port.recv_many(16).await {
-                            let Delivery::Frame { from, frame } = delivery else { panic!("{own}: {delivery:?}") };
-                            let next = next.entry(from).or_insert(0);
-                            assert_eq!(frame, numbered(*next), "{own}");
-                            *next += 1;
-                        }
-                    }
-                };
-                tokio::join!(send, receive);
+                for sending in sending {
+                    sending.await.unwrap();
+                }
                 port
             }));
         }
     }
-    for stage in stages {
-        stage.await.unwrap();
-    }
+    // No port goes before all are done.
+    futures::future::try_join_all(stages).await.unwrap();
 }
 
 async fn tensors_arrive_equal_and_aligned(driver: Driver) {
@@ -206,7 +207,9 @@ async fn a_waiting_send_resumes_when_there_is_room(driver: Driver) {
     });
     sent.unwrap();
     // A send that waits learns of the end.
-    fill(&sender, "n1", 3);
+    for number in 3..5 {
+        sender.send(&node("n1"), numbered(number)).await.unwrap();
+    }
     let (sent, ()) = tokio::join!(async { sender.send(&node("n1"), numbered(0)).await }, async {
         n1.shutdown().await;
     });

@@ -27,6 +27,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::task::TaskTracker;
 
 use self::greeting::Greeted;
+use self::streams::Streams;
 use super::breaker::{Breaker, Circuit};
 use super::identity::{Greeter, LinkIdentity, Refusal, Roster};
 use super::mesh::Core;
@@ -312,14 +313,21 @@ impl Node {
         tracing::debug!(node = %self.core.node(), peer = %peer.peer, incarnation = peer.incarnation, "welcomed");
         connection.set_max_concurrent_uni_streams(VarInt::from_u32(u32::try_from(LANES_MAX).unwrap_or(u32::MAX)));
         connection.set_receive_window(VarInt::from_u32(WINDOW_BYTES));
+        let mut streams = Streams::new(&self.core, &session, &connection, send, receive);
         let reason = tokio::select! {
             reason = session.ended() => reason,
-            error = connection.closed() => reason_of(error),
-            done = streams::serve(&self.core, &session, &connection, send, receive) => match done {
+            served = streams.serve() => match served {
                 Ok(()) => DownReason::ShutDown,
+                Err(_) if connection.close_reason().is_some() => {
+                    tokio::select! {
+                        reason = session.ended() => reason,
+                        () = streams.drain() => reason_of(connection.closed().await),
+                    }
+                }
                 Err(reason) => reason,
             },
         };
+        drop(streams);
         if let DownReason::Fault(fault) = &reason {
             tracing::warn!(node = %self.core.node(), peer = %peer.peer, %fault, "a peer broke the protocol");
         }

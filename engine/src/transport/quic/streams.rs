@@ -10,7 +10,8 @@ use std::sync::Arc;
 
 use bytes::{Bytes, BytesMut};
 use quinn::{Connection, ReadError, RecvStream, SendStream, WriteError};
-use tokio::task::{JoinSet, coop};
+use tokio::task::{JoinError, JoinSet, coop};
+use tokio_util::sync::CancellationToken;
 
 use super::super::DownReason;
 use super::super::lane::Lane;
@@ -25,48 +26,112 @@ const COPIED_BYTES_MAX: usize = 2 << 10;
 /// Pieces of datagrams taken off a stream at a time.
 const PIECES_MAX: usize = 16;
 
-enum Done {
+/// The streams of one connection and their tasks, which end with it: dropping the set aborts them.
+pub(super) struct Streams {
+    core: Arc<Core>,
+    session: Arc<Session>,
+    connection: Connection,
+    tasks: JoinSet<(Kind, Result<(), DownReason>)>,
+    readers: usize,
+    writers: usize,
+    /// No message will arrive any more.
+    silent: CancellationToken,
+}
+
+#[derive(Clone, Copy)]
+enum Kind {
+    ReadMessages,
+    WriteMessages,
     Reader,
     Writer,
 }
 
-/// Serves a connection until it fails, or until the session has finished and everything is acknowledged.
-pub(super) async fn serve(
-    core: &Arc<Core>,
-    session: &Arc<Session>,
-    connection: &Connection,
-    send: SendStream,
-    receive: RecvStream,
-) -> Result<(), DownReason> {
-    // Dropping the set aborts its tasks, so they end with the connection.
-    let mut tasks: JoinSet<Result<Done, DownReason>> = JoinSet::new();
-    tasks.spawn(read_messages(Arc::clone(core), Arc::clone(session), receive));
-    tasks.spawn(write_messages(Arc::clone(core), Arc::clone(session), send));
-    let mut writers = 0_usize;
-    loop {
-        tokio::select! {
-            opened = session.opened_lanes() => {
-                for lane in opened {
-                    writers += 1;
-                    tasks.spawn(write_lane(connection.clone(), Arc::clone(session), lane));
-                }
+impl Streams {
+    /// Starts the stream of messages.
+    pub(super) fn new(
+        core: &Arc<Core>,
+        session: &Arc<Session>,
+        connection: &Connection,
+        send: SendStream,
+        receive: RecvStream,
+    ) -> Self {
+        let mut streams = Self {
+            core: Arc::clone(core),
+            session: Arc::clone(session),
+            connection: connection.clone(),
+            tasks: JoinSet::new(),
+            readers: 0,
+            writers: 0,
+            silent: CancellationToken::new(),
+        };
+        streams.spawn(Kind::ReadMessages, read_messages(Arc::clone(core), Arc::clone(session), receive));
+        streams.spawn(Kind::WriteMessages, write_messages(Arc::clone(core), Arc::clone(session), send));
+        streams
+    }
+
+    /// Serves the connection until it fails, or until the session has finished and everything is acknowledged.
+    pub(super) async fn serve(&mut self) -> Result<(), DownReason> {
+        loop {
+            tokio::select! {
+                opened = self.session.opened_lanes() => opened.into_iter().for_each(|lane| self.write(lane)),
+                stream = self.connection.accept_uni() => self.read(stream.map_err(reason_of)?),
+                Some(done) = self.tasks.join_next() => self.done(done)?,
+                () = self.session.finishing(), if self.writers == 0 => return Ok(()),
             }
-            stream = connection.accept_uni() => {
-                // At most one per lane is granted at a time, and a second one for a lane is a fault.
-                tasks.spawn(read_lane(Arc::clone(core), Arc::clone(session), stream.map_err(reason_of)?));
-            }
-            Some(done) = tasks.join_next() => match done {
-                Ok(Ok(Done::Writer)) => writers = writers.saturating_sub(1),
-                Ok(Ok(Done::Reader)) => {}
-                Ok(Err(reason)) => return Err(reason),
-                Err(error) => return Err(DownReason::Unreachable(format!("a task of the link failed: {error}"))),
-            },
-            () = session.finishing(), if writers == 0 => return Ok(()),
         }
+    }
+
+    /// Delivers what had arrived before the connection was lost: a peer that leaves in order loses nothing.
+    pub(super) async fn drain(&mut self) {
+        // All of this ends, since nothing more arrives.
+        while let Ok(stream) = self.connection.accept_uni().await {
+            self.read(stream);
+        }
+        while self.readers > 0 {
+            match self.tasks.join_next().await {
+                // Its reason is that of the connection, which is known.
+                Some(done) => _ = self.done(done),
+                None => return,
+            }
+        }
+    }
+
+    fn read(&mut self, stream: RecvStream) {
+        // As many as there are lanes are granted, and a second one for a lane is a fault.
+        let (core, session, silent) = (Arc::clone(&self.core), Arc::clone(&self.session), self.silent.clone());
+        self.spawn(Kind::Reader, read_lane(core, session, silent, stream));
+    }
+
+    fn write(&mut self, lane: Arc<Lane>) {
+        self.spawn(Kind::Writer, write_lane(self.connection.clone(), Arc::clone(&self.session), lane));
+    }
+
+    fn spawn(&mut self, kind: Kind, task: impl Future<Output = Result<(), DownReason>> + Send + 'static) {
+        match kind {
+            Kind::ReadMessages | Kind::Reader => self.readers += 1,
+            Kind::Writer => self.writers += 1,
+            Kind::WriteMessages => {}
+        }
+        self.tasks.spawn(async move { (kind, task.await) });
+    }
+
+    fn done(&mut self, done: Result<(Kind, Result<(), DownReason>), JoinError>) -> Result<(), DownReason> {
+        let (kind, result) =
+            done.map_err(|error| DownReason::Unreachable(format!("a task of the link failed: {error}")))?;
+        match kind {
+            Kind::ReadMessages => {
+                self.readers = self.readers.saturating_sub(1);
+                self.silent.cancel();
+            }
+            Kind::Reader => self.readers = self.readers.saturating_sub(1),
+            Kind::Writer => self.writers = self.writers.saturating_sub(1),
+            Kind::WriteMessages => {}
+        }
+        result
     }
 }
 
-async fn write_messages(core: Arc<Core>, session: Arc<Session>, mut send: SendStream) -> Result<Done, DownReason> {
+async fn write_messages(core: Arc<Core>, session: Arc<Session>, mut send: SendStream) -> Result<(), DownReason> {
     let mut bytes = Vec::new();
     loop {
         session.messages(&core, &mut bytes).await;
@@ -75,7 +140,7 @@ async fn write_messages(core: Arc<Core>, session: Arc<Session>, mut send: SendSt
     }
 }
 
-async fn read_messages(core: Arc<Core>, session: Arc<Session>, mut receive: RecvStream) -> Result<Done, DownReason> {
+async fn read_messages(core: Arc<Core>, session: Arc<Session>, mut receive: RecvStream) -> Result<(), DownReason> {
     let mut bytes = Vec::new();
     while let Some(piece) = receive.read_chunk(usize::MAX, true).await.map_err(not_read)? {
         bytes.extend_from_slice(&piece.bytes);
@@ -91,7 +156,7 @@ async fn read_messages(core: Arc<Core>, session: Arc<Session>, mut receive: Recv
     Err(fault(LinkFault::Stream { what: "the stream of messages ended" }))
 }
 
-async fn write_lane(connection: Connection, session: Arc<Session>, lane: Arc<Lane>) -> Result<Done, DownReason> {
+async fn write_lane(connection: Connection, session: Arc<Session>, lane: Arc<Lane>) -> Result<(), DownReason> {
     let mut batch = Vec::new();
     let mut chunks = Vec::new();
     let mut small = BytesMut::new();
@@ -116,7 +181,7 @@ async fn write_lane(connection: Connection, session: Arc<Session>, lane: Arc<Lan
             let _ = stream.stopped().await;
         }
     }
-    Ok(Done::Writer)
+    Ok(())
 }
 
 fn push_chunks(chunks: &mut Vec<Bytes>, small: &mut BytesMut, frame: &Frame, lane: u16, sequence: u64) {
@@ -130,7 +195,12 @@ fn push_chunks(chunks: &mut Vec<Bytes>, small: &mut BytesMut, frame: &Frame, lan
     }
 }
 
-async fn read_lane(core: Arc<Core>, session: Arc<Session>, mut stream: RecvStream) -> Result<Done, DownReason> {
+async fn read_lane(
+    core: Arc<Core>,
+    session: Arc<Session>,
+    silent: CancellationToken,
+    mut stream: RecvStream,
+) -> Result<(), DownReason> {
     let mut assembler = FrameAssembler::new();
     let mut lane: Option<Arc<Lane>> = None;
     let mut pieces = [const { Bytes::new() }; PIECES_MAX];
@@ -143,7 +213,15 @@ async fn read_lane(core: Arc<Core>, session: Arc<Session>, mut stream: RecvStrea
                         let lane = match &lane {
                             Some(lane) if lane.number() == header.lane() => lane,
                             Some(_) => return Err(fault(LinkFault::Stream { what: "a stream changed its lane" })),
-                            None => lane.insert(session.begin_stream(&core, header.lane()).await.map_err(fault)?),
+                            None => {
+                                let begun = tokio::select! {
+                                    biased;
+                                    begun = session.begin_stream(&core, header.lane()) => begun.map_err(fault)?,
+                                    // The peer left before it had opened its end.
+                                    () = silent.cancelled() => return Ok(()),
+                                };
+                                lane.insert(begun)
+                            }
                         };
                         lane.announce(&session, &header).map_err(fault)?;
                     }
@@ -159,7 +237,7 @@ async fn read_lane(core: Arc<Core>, session: Arc<Session>, mut stream: RecvStrea
         coop::consume_budget().await;
     }
     if assembler.is_between_frames() {
-        Ok(Done::Reader)
+        Ok(())
     } else {
         Err(fault(LinkFault::Stream { what: "a stream ended inside a frame" }))
     }
