@@ -158,12 +158,12 @@ impl Journal {
         self.log.open_requests()
     }
 
-    /// Every piece of evidence, as JSON, each once.
+    /// Pieces of evidence, as JSON, each once, at most so many. It reads the file: a short blocking call.
     ///
     /// # Errors
     /// When the log cannot be read.
-    pub fn all_evidence(&self) -> Result<Vec<Vec<u8>>, JournalError> {
-        self.log.evidence()
+    pub fn kept_evidence(&self, max: usize) -> Result<Vec<Vec<u8>>, JournalError> {
+        self.log.evidence(max)
     }
 
     /// The error after which nothing more is recorded, if there was one.

@@ -75,6 +75,8 @@ impl Command {
     fn log_level(&self) -> &'static str {
         match self {
             Self::Serve(_) => "info",
+            // It tells its own story.
+            Self::Demo(_) => "off",
             _ => "warn",
         }
     }

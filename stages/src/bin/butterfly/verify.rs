@@ -213,7 +213,7 @@ fn tell_verified(case: &Case, verified: &Verified, comparison: &Comparison, glob
     if !comparison.skipped.is_empty() {
         lines.push(format!(
             "  {}",
-            ink.faint(&format!("not part of what was certified: {}", comparison.skipped.join(", ")))
+            ink.faint(&format!("not compared: {}", comparison.skipped.join(", ")))
         ));
     }
     if verified.is_complete() && verified.is_verified() {

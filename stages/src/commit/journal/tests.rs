@@ -56,7 +56,7 @@ async fn what_was_recorded_is_read_back_after_a_restart() {
     assert_eq!(journal.open_requests().unwrap(), vec![Open { accepted: accepted(3), starts: 2 }]);
     assert_eq!(journal.task("another client", "task-1").unwrap(), None);
     assert_eq!(journal.record(&rd(4)).unwrap(), None);
-    assert_eq!(journal.all_evidence().unwrap().len(), 2);
+    assert_eq!(journal.kept_evidence(9).unwrap().len(), 2);
 }
 
 #[tokio::test]

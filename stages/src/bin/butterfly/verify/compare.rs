@@ -1,12 +1,12 @@
 //! Compares what a client sent and received with what was certified, field by field: a client's body leaves out defaults, so
-//! it has no digest of its own. A field that was certified and differs is a fault; a field that nothing certifies is listed.
+//! it has no digest of its own. A field that was certified and differs is a fault; a field that is not compared is listed.
 
 use butterfly_verify::{Answer, Finish, Input, Mode, Request};
 use serde_json::Value;
 
 use super::{Fault, quoted};
 
-/// Which fields were compared, and which were not because nothing certifies them.
+/// Which fields were compared, and which were not: they are not of the request and the answer, or stand in them in another form, as the seed does.
 #[derive(Debug, Default)]
 pub(super) struct Comparison {
     pub(super) compared: Vec<String>,
@@ -25,7 +25,8 @@ impl Comparison {
                 "max_tokens" => Some((sent.as_u64() == Some(params.max_tokens.into()), params.max_tokens.to_string())),
                 "temperature" => Some(same_float(sent, params.temperature)),
                 "top_p" => Some(same_float(sent, params.top_p)),
-                "top_k" => Some((sent.as_u64() == Some(params.top_k.into()), params.top_k.to_string())),
+                // -1 is another way to say that every token is a candidate.
+                "top_k" => Some((sent.as_i64().map(|k| k.max(0)) == Some(params.top_k.into()), params.top_k.to_string())),
                 "presence_penalty" => Some(same_float(sent, params.presence_penalty)),
                 "frequency_penalty" => Some(same_float(sent, params.frequency_penalty)),
                 "ignore_eos" => Some((sent.as_bool() == Some(params.ignore_eos), params.ignore_eos.to_string())),

@@ -1,0 +1,440 @@
+//! The compute stage: forward passes of the slices this node holds.
+//!
+//! Steps of many requests share a forward pass (continuous batching). One pass runs at a time, on a blocking thread; while
+//! it runs the stage goes on taking steps, so compute and communication overlap and the decode loop cannot
+//! deadlock: what the stage could not hand on yet waits in its own outbox, and while that is long no new pass begins. All
+//! it keeps is bounded: sessions by the memory budget, steps of a session by its gates, steps of unknown requests and of
+//! finished ones by constants.
+//!
+//! Invariants: an outcome is a pure function of the request; how passes were batched, chunked or interleaved never shows.
+
+mod gate;
+mod pass;
+mod session;
+
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::time::Duration;
+
+use butterfly_engine::channel::{Item, Receiver, Sender};
+use butterfly_engine::shutdown::DrainHold;
+use butterfly_engine::stage::{Stage, StageContext, StageError};
+use butterfly_engine::telemetry::Event;
+use butterfly_kernels::Pool;
+use butterfly_topology::NodeId;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::task::{JoinError, JoinHandle};
+
+use crate::compute::pass::{Open, Pass, Passed, Slices};
+use crate::compute::session::Session;
+pub(crate) use crate::compute::gate::Gate;
+pub(crate) use crate::compute::session::Work;
+use crate::items::{Boundary, Outcome, RequestId, Step};
+use crate::model::{ModelError, SliceModel};
+use crate::services::Services;
+
+#[cfg(feature = "adversary")]
+use crate::adversary::Behaviour;
+
+/// Steps taken from the edge before a pass is begun.
+const STEPS_AT_ONCE_MAX: usize = 256;
+/// Values that wait for a request whose opening has not arrived, over all peers.
+const EARLY_BYTES_MAX: usize = 64 << 20;
+/// Requests whose opening has not arrived.
+const EARLY_REQUESTS_MAX: usize = 1024;
+/// Requests that wait for memory.
+const OPENING_MAX: usize = 4096;
+/// Finished requests that are remembered, so that late values are not taken for early ones.
+const FINISHED_MAX: usize = 8192;
+/// Effects that may wait to be handed on before no new pass begins.
+const OUTBOX_MAX: usize = 256;
+/// How often expired requests are looked for.
+const SWEEP: Duration = Duration::from_secs(1);
+
+/// The stage.
+pub struct ComputeStage {
+    /// Steps in.
+    pub steps: Receiver<Step>,
+    /// Boundary values out.
+    pub boundary: Sender<Boundary>,
+    /// Outcomes out.
+    pub outcome: Sender<Outcome>,
+    /// Threads of a forward pass.
+    pub threads: usize,
+    /// Requests that share a pass.
+    pub micro_batch: usize,
+    /// Memory for open requests, in bytes.
+    pub memory_max: u64,
+    /// How this node lies.
+    #[cfg(feature = "adversary")]
+    pub behaviour: Option<Behaviour>,
+    /// The node's shared things.
+    pub services: Services,
+}
+
+/// A request on a slice.
+type Key = (RequestId, u16);
+
+/// A session, or the place of one that a pass is working on.
+struct Slot {
+    attempt: u32,
+    gateway: NodeId,
+    expires_ms: u64,
+    reserved_bytes: u64,
+    session: Option<Session>,
+    /// Values that came while a pass had the session.
+    mail: Vec<(NodeId, Boundary)>,
+    queued: bool,
+}
+
+/// Everything the stage keeps between steps.
+struct State {
+    slices: Arc<Slices>,
+    slots: BTreeMap<Key, Slot>,
+    opening: VecDeque<Open>,
+    ready: VecDeque<Key>,
+    early: BTreeMap<RequestId, Vec<(NodeId, Boundary)>>,
+    early_bytes: usize,
+    finished: VecDeque<RequestId>,
+    reserved_bytes: u64,
+    memory_max: u64,
+    boundaries: VecDeque<Boundary>,
+    outcomes: VecDeque<Outcome>,
+    services: Services,
+    hold: Option<DrainHold>,
+}
+
+impl Stage for ComputeStage {
+    fn run(self: Box<Self>, context: StageContext) -> BoxFuture<'static, Result<(), StageError>> {
+        self.run_inner(context).boxed()
+    }
+}
+
+impl ComputeStage {
+    async fn run_inner(mut self: Box<Self>, context: StageContext) -> Result<(), StageError> {
+        let slices = Arc::new(self.load().await?);
+        let pool = Arc::new(Pool::new(self.threads, slices.path));
+        let mut state = State::new(slices, self.memory_max, self.services.clone());
+        let mut running: Option<JoinHandle<Passed>> = None;
+        let mut next_sweep = context.clock.now() + SWEEP;
+        context.ready();
+        loop {
+            if running.is_none() && !state.is_congested() {
+                running = state.next_pass(self.micro_batch).map(|pass| {
+                    let (slices, pool) = (Arc::clone(&state.slices), Arc::clone(&pool));
+                    tokio::task::spawn_blocking(move || pass.run(&slices, &pool))
+                });
+            }
+            let _busy = running.is_some().then(|| context.states.busy());
+            tokio::select! {
+                passed = join(&mut running) => {
+                    running = None;
+                    let passed = passed.map_err(|error| StageError::environment("run a forward pass", error))?;
+                    if let Some(fault) = passed.fault {
+                        return Err(StageError::environment("run a forward pass", fault));
+                    }
+                    state.take_back(passed);
+                }
+                step = self.steps.recv() => match step {
+                    Some(step) => {
+                        state.take(step);
+                        for _ in 0..STEPS_AT_ONCE_MAX {
+                            let Some(step) = self.steps.try_recv() else { break };
+                            state.take(step);
+                        }
+                    }
+                    None => break,
+                },
+                permit = self.boundary.reserve(state.boundary_bytes()), if !state.boundaries.is_empty() => {
+                    let (Ok(permit), Some(boundary)) = (permit, state.boundaries.pop_front()) else { break };
+                    if permit.send(boundary).is_err() {
+                        break;
+                    }
+                }
+                permit = self.outcome.reserve(state.outcome_bytes()), if !state.outcomes.is_empty() => {
+                    let (Ok(permit), Some(outcome)) = (permit, state.outcomes.pop_front()) else { break };
+                    if permit.send(outcome).is_err() {
+                        break;
+                    }
+                }
+                () = context.clock.sleep(next_sweep.saturating_sub(context.clock.now())) => {
+                    next_sweep = context.clock.now() + SWEEP;
+                    state.sweep(context.clock.unix_ms());
+                }
+                () = context.shutdown.completing() => break,
+            }
+            state.update_hold(&context);
+        }
+        Ok(())
+    }
+
+    /// Loads the slices this node holds, off the runtime.
+    async fn load(&self) -> Result<Slices, StageError> {
+        let (model, plan) = (Arc::clone(&self.services.model), Arc::clone(&self.services.plan));
+        let node = self.services.node.clone();
+        let need = usize::from(self.services.epoch.parts().max_byzantine) + 1;
+        let path = butterfly_kernels::Path::detect()
+            .map_err(|error| StageError::environment("join a verifying cluster on this processor", error))?;
+        #[cfg(feature = "adversary")]
+        let behaviour = self.behaviour;
+        tokio::task::spawn_blocking(move || {
+            let mut slices = Slices::new(Arc::clone(&model), &plan, need, path);
+            #[cfg(feature = "adversary")]
+            slices.misbehave(behaviour);
+            for (index, held) in plan.slices.iter().enumerate() {
+                if held.replicas.contains(&node) {
+                    let loaded: Arc<SliceModel> = model.load(held.layers.clone())?;
+                    slices.insert(index as u16, loaded);
+                }
+            }
+            Ok(slices)
+        })
+        .await
+        .map_err(|error| StageError::environment("load the model", error))?
+        .map_err(|error: ModelError| StageError::environment("load the model", error))
+    }
+}
+
+async fn join(running: &mut Option<JoinHandle<Passed>>) -> Result<Passed, JoinError> {
+    match running {
+        Some(handle) => handle.await,
+        None => std::future::pending().await,
+    }
+}
+
+impl State {
+    fn new(slices: Arc<Slices>, memory_max: u64, services: Services) -> Self {
+        Self {
+            slices,
+            slots: BTreeMap::new(),
+            opening: VecDeque::new(),
+            ready: VecDeque::new(),
+            early: BTreeMap::new(),
+            early_bytes: 0,
+            finished: VecDeque::new(),
+            reserved_bytes: 0,
+            memory_max,
+            boundaries: VecDeque::new(),
+            outcomes: VecDeque::new(),
+            services,
+            hold: None,
+        }
+    }
+
+    fn is_congested(&self) -> bool {
+        self.boundaries.len() + self.outcomes.len() > OUTBOX_MAX
+    }
+
+    fn boundary_bytes(&self) -> usize {
+        self.boundaries.front().map_or(0, Item::size_bytes)
+    }
+
+    fn outcome_bytes(&self) -> usize {
+        self.outcomes.front().map_or(0, Item::size_bytes)
+    }
+
+    /// Draining waits while requests are open here.
+    fn update_hold(&mut self, context: &StageContext) {
+        let idle = self.slots.is_empty() && self.opening.is_empty();
+        match (&self.hold, idle) {
+            (Some(_), true) => self.hold = None,
+            (None, false) => self.hold = Some(context.shutdown.hold("compute has open requests")),
+            _ => {}
+        }
+    }
+
+    fn take(&mut self, step: Step) {
+        match step {
+            Step::Open { rd, body, attempt, gateway } => self.open(Open { rd, body, attempt, gateway }),
+            Step::Values { from, boundary } => self.values(from, boundary),
+            Step::Cancel { rd, gateway } => self.cancel(&rd, &gateway),
+        }
+    }
+
+    fn open(&mut self, open: Open) {
+        let known = self.slots.range((open.rd, 0)..=(open.rd, u16::MAX)).map(|(_, slot)| slot.attempt).max();
+        if known.is_some_and(|attempt| attempt >= open.attempt) {
+            return;
+        }
+        if let Some(waiting) = self.opening.iter_mut().find(|waiting| waiting.rd == open.rd) {
+            waiting.attempt = waiting.attempt.max(open.attempt);
+            return;
+        }
+        if self.opening.len() >= OPENING_MAX {
+            tracing::warn!(rd = %open.rd, "too many requests wait for memory; this one is not computed here");
+            return;
+        }
+        self.opening.push_back(open);
+    }
+
+    fn values(&mut self, from: NodeId, boundary: Boundary) {
+        let key = (boundary.rd, boundary.slice);
+        let Some(slot) = self.slots.get_mut(&key) else {
+            if !self.finished.contains(&boundary.rd) {
+                self.keep_early(from, boundary);
+            }
+            return;
+        };
+        if boundary.attempt > slot.attempt {
+            self.keep_early(from, boundary);
+        } else if boundary.attempt == slot.attempt {
+            match &mut slot.session {
+                Some(session) => {
+                    if session.offer(&from, &boundary) {
+                        let rd = boundary.rd;
+                        let event = || Event::new("boundary_differs").node(&from).request(rd);
+                        self.services.telemetry.events().emit_with(event);
+                    }
+                    self.wake(key);
+                }
+                None => slot.mail.push((from, boundary)),
+            }
+        }
+    }
+
+    /// Keeps values whose request has not been opened: links to the gateway and to replicas are not in step.
+    fn keep_early(&mut self, from: NodeId, boundary: Boundary) {
+        let bytes = boundary.size_bytes();
+        let is_new = !self.early.contains_key(&boundary.rd);
+        if self.early_bytes + bytes > EARLY_BYTES_MAX || (is_new && self.early.len() >= EARLY_REQUESTS_MAX) {
+            // The oldest cannot be told from hostile ones; dropping all of them costs at most one replica's vote each.
+            self.early.clear();
+            self.early_bytes = 0;
+        }
+        self.early_bytes += bytes;
+        self.early.entry(boundary.rd).or_default().push((from, boundary));
+    }
+
+    fn cancel(&mut self, rd: &RequestId, gateway: &NodeId) {
+        self.opening.retain(|open| open.rd != *rd || open.gateway != *gateway);
+        let keys: Vec<Key> = self
+            .slots
+            .range((*rd, 0)..=(*rd, u16::MAX))
+            .filter(|(_, slot)| slot.gateway == *gateway)
+            .map(|(key, _)| *key)
+            .collect();
+        for key in keys {
+            self.remove(&key);
+        }
+    }
+
+    fn remove(&mut self, key: &Key) {
+        if let Some(slot) = self.slots.remove(key) {
+            self.reserved_bytes = self.reserved_bytes.saturating_sub(slot.reserved_bytes);
+            self.finished.push_back(key.0);
+            if self.finished.len() > FINISHED_MAX {
+                self.finished.pop_front();
+            }
+        }
+    }
+
+    /// Queues a session that has input, or tells its outcome when its last input was the end.
+    fn wake(&mut self, key: Key) {
+        let Some(slot) = self.slots.get_mut(&key) else { return };
+        let Some(session) = &mut slot.session else { return };
+        if session.has_work() {
+            if !slot.queued {
+                slot.queued = true;
+                self.ready.push_back(key);
+            }
+            return;
+        }
+        let mut effects = session::Effects::default();
+        session.conclude(&mut effects);
+        let finished = session.is_finished();
+        self.boundaries.extend(effects.boundaries);
+        self.outcomes.extend(effects.outcomes);
+        if finished {
+            self.remove(&key);
+        }
+    }
+
+    /// Gathers the next pass: requests to open as far as memory reaches, then sessions that have input, in turn.
+    fn next_pass(&mut self, micro_batch: usize) -> Option<Pass> {
+        let mut pass = Pass::default();
+        while pass.opens.len() < micro_batch {
+            let Some(open) = self.opening.front() else { break };
+            let bytes = self.slices.session_bytes(&open.body);
+            if self.reserved_bytes > 0 && self.reserved_bytes + bytes > self.memory_max {
+                break;
+            }
+            let Some(open) = self.opening.pop_front() else { break };
+            self.place(&open, bytes);
+            pass.opens.push(open);
+        }
+        while pass.sessions.len() + pass.opens.len() < micro_batch {
+            let Some(key) = self.ready.pop_front() else { break };
+            let Some(slot) = self.slots.get_mut(&key) else { continue };
+            slot.queued = false;
+            pass.sessions.extend(slot.session.take());
+        }
+        (!pass.opens.is_empty() || !pass.sessions.is_empty()).then_some(pass)
+    }
+
+    /// Makes room for the sessions of a request; they come back from the pass.
+    fn place(&mut self, open: &Open, bytes: u64) {
+        let mail = self.early.remove(&open.rd).unwrap_or_default();
+        self.early_bytes = self.early_bytes.saturating_sub(mail.iter().map(|(_, b)| b.size_bytes()).sum());
+        for slice in self.slices.indices() {
+            let key = (open.rd, slice);
+            if let Some(old) = self.slots.remove(&key) {
+                self.reserved_bytes = self.reserved_bytes.saturating_sub(old.reserved_bytes);
+            }
+            self.reserved_bytes += bytes;
+            let for_slice = mail.iter().filter(|(_, b)| b.slice == slice && b.attempt >= open.attempt);
+            self.slots.insert(
+                key,
+                Slot {
+                    attempt: open.attempt,
+                    gateway: open.gateway.clone(),
+                    expires_ms: open.body.expires_ms,
+                    reserved_bytes: bytes,
+                    session: None,
+                    mail: for_slice.cloned().collect(),
+                    queued: false,
+                },
+            );
+        }
+    }
+
+    /// Takes sessions back from a pass, delivers their mail, and queues them again.
+    fn take_back(&mut self, passed: Passed) {
+        self.boundaries.extend(passed.effects.boundaries);
+        self.outcomes.extend(passed.effects.outcomes);
+        for (rd, error) in passed.refused {
+            tracing::warn!(%rd, %error, "a request was refused");
+            for slice in self.slices.indices() {
+                self.remove(&(rd, slice));
+            }
+        }
+        for session in passed.sessions {
+            let key = (session.rd, session.slice());
+            // The slot is gone if the request was cancelled meanwhile, and newer if it was started anew.
+            let Some(slot) = self.slots.get_mut(&key).filter(|slot| slot.attempt == session.attempt) else { continue };
+            if session.is_finished() {
+                self.remove(&key);
+                continue;
+            }
+            let mail = std::mem::take(&mut slot.mail);
+            slot.session = Some(session);
+            for (from, boundary) in mail {
+                self.values(from, boundary);
+            }
+            self.wake(key);
+        }
+    }
+
+    /// Drops requests that nobody waits for any more.
+    fn sweep(&mut self, now_ms: u64) {
+        self.opening.retain(|open| open.body.expires_ms > now_ms);
+        let expired: Vec<Key> =
+            self.slots.iter().filter(|(_, slot)| slot.expires_ms <= now_ms).map(|(key, _)| *key).collect();
+        for key in expired {
+            self.remove(&key);
+        }
+        let budget = self.memory_max.max(1) as f64;
+        let usage = &self.services.telemetry.metrics().kv_cache_usage_ratio;
+        usage.of(&(&self.services.node).into()).set(self.reserved_bytes as f64 / budget);
+    }
+}

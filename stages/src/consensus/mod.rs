@@ -1,0 +1,384 @@
+//! The consensus stage: outcomes become votes, votes become decisions.
+//!
+//! On every node it signs what compute found out, in batches, and sends it to the gateway of the request. On a gateway it
+//! tallies: f+1 equal votes on every slice decide, and the rules of that are the verify crate's. Tokens are released to a
+//! stream when f+1 replicas of the last slice name the same one.
+//!
+//! A request stays open for a while after it was decided, so that a late vote can still agree or accuse, and so that silence
+//! is told from lying. Time only ever ends waiting; it accuses nobody.
+
+mod audit;
+mod open;
+pub mod wire;
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use butterfly_engine::channel::{Receiver, Sender};
+use butterfly_engine::frame::{Frame, FrameError};
+use butterfly_engine::stage::{Stage, StageContext, StageError};
+use butterfly_engine::telemetry::Event;
+use butterfly_engine::transport::{Delivery, PeerPort, PeerSender};
+use butterfly_topology::NodeId;
+use butterfly_verify::{Ballot, Evidence, NodeIndex, SignedBallot, Vote, work_tag};
+use futures::FutureExt;
+use futures::future::BoxFuture;
+
+use crate::consensus::audit::Audits;
+use crate::consensus::open::{Open, Verdict};
+use crate::consensus::wire::{BadTag, Delta, Message};
+use crate::error::{ButterflyError, CoordinationError};
+use crate::items::{Decided, Finished, Outcome, RequestId, answer_bytes};
+use crate::services::Services;
+use crate::transfer::by_bytes;
+
+#[cfg(feature = "adversary")]
+use crate::adversary::Behaviour;
+
+/// Outcomes that are voted on together.
+const OUTCOMES_AT_ONCE_MAX: usize = 256;
+/// Requests of this gateway that are open or were decided a short while ago.
+const OPEN_MAX: usize = 65_536;
+/// How long late votes are listened to.
+const LATE_VOTES: Duration = Duration::from_secs(2);
+/// How often waiting is looked at.
+const SWEEP: Duration = Duration::from_millis(250);
+/// Pieces of evidence kept of one node and kind; more show nothing new.
+const EVIDENCE_KEPT_MAX: u64 = 32;
+
+/// The stage.
+pub struct ConsensusStage {
+    /// Outcomes of the own slices, in.
+    pub outcome: Receiver<Outcome>,
+    /// Decisions, out.
+    pub decided: Sender<Decided>,
+    /// How this node lies.
+    #[cfg(feature = "adversary")]
+    pub behaviour: Option<Behaviour>,
+    /// The node's shared things.
+    pub services: Services,
+}
+
+impl Stage for ConsensusStage {
+    fn run(mut self: Box<Self>, mut context: StageContext) -> BoxFuture<'static, Result<(), StageError>> {
+        async move {
+            let mut port: PeerPort =
+                context.peers.take().ok_or(StageError::Bug { invariant: "the consensus stage is networked" })?;
+            let mut state = State::new(self.services.clone(), port.sender());
+            #[cfg(feature = "adversary")]
+            {
+                state.behaviour = self.behaviour;
+            }
+            let mut next_sweep = context.clock.now() + SWEEP;
+            let mut outcomes_open = true;
+            context.ready();
+            loop {
+                tokio::select! {
+                    batch = self.outcome.recv_many(OUTCOMES_AT_ONCE_MAX), if outcomes_open => {
+                        outcomes_open = !batch.is_empty();
+                        state.outcomes(&context, batch);
+                    }
+                    delivery = port.recv() => match delivery {
+                        Some(Delivery::Frame { from, frame }) => state.deliver(&context, &from, &frame),
+                        Some(Delivery::Up(_) | Delivery::Down(_)) => {}
+                        None => break,
+                    },
+                    () = context.clock.sleep(next_sweep.saturating_sub(context.clock.now())) => {
+                        next_sweep = context.clock.now() + SWEEP;
+                        state.sweep(context.clock.now());
+                    }
+                    () = context.shutdown.completing() => break,
+                }
+                for decided in state.decided.drain(..) {
+                    if self.decided.send(decided).await.is_err() {
+                        return Ok(());
+                    }
+                }
+            }
+            Ok(())
+        }
+        .boxed()
+    }
+}
+
+/// What the stage keeps between events.
+struct State {
+    services: Services,
+    peers: PeerSender,
+    open: BTreeMap<RequestId, Open>,
+    audits: Audits,
+    evidence_kept: BTreeMap<(NodeIndex, &'static str), u64>,
+    decided: Vec<Decided>,
+    #[cfg(feature = "adversary")]
+    behaviour: Option<Behaviour>,
+}
+
+impl State {
+    fn new(services: Services, peers: PeerSender) -> Self {
+        Self {
+            services,
+            peers,
+            open: BTreeMap::new(),
+            audits: Audits::default(),
+            evidence_kept: BTreeMap::new(),
+            decided: Vec::new(),
+            #[cfg(feature = "adversary")]
+            behaviour: None,
+        }
+    }
+
+    /// Turns outcomes of the own slices into deltas and votes for their gateways.
+    fn outcomes(&mut self, context: &StageContext, batch: Vec<Outcome>) {
+        #[cfg(feature = "adversary")]
+        if self.behaviour == Some(Behaviour::Silent) {
+            return;
+        }
+        let mut deltas: BTreeMap<NodeId, Vec<Delta>> = BTreeMap::new();
+        let mut ballots: BTreeMap<BTreeSet<NodeId>, Vec<Ballot>> = BTreeMap::new();
+        for outcome in batch {
+            match outcome {
+                Outcome::Delta { rd, gateway, index, tokens, .. } => {
+                    deltas.entry(gateway).or_default().push(Delta { rd, index, tokens });
+                }
+                Outcome::Finished(finished) => {
+                    let audience = self.audience(&finished);
+                    let failed = self.audits.finished(&finished);
+                    self.report(&finished.gateway, failed);
+                    ballots.entry(audience).or_default().push(self.ballot(*finished));
+                }
+            }
+        }
+        for (gateway, deltas) in deltas {
+            if gateway == self.services.node {
+                self.deltas(&gateway, deltas);
+            } else {
+                deltas.chunks(wire::ENTRIES_MAX).for_each(|chunk| self.send(&gateway, wire::deltas(chunk)));
+            }
+        }
+        for (audience, ballots) in ballots {
+            self.vote(context, &audience, ballots);
+        }
+    }
+
+    /// Who hears the vote: the gateway, and where it does not hold the slice itself, the other replicas, who audit the tag.
+    fn audience(&self, finished: &Finished) -> BTreeSet<NodeId> {
+        let mut audience = BTreeSet::from([finished.gateway.clone()]);
+        let replicas = self.services.plan.slices.get(usize::from(finished.slice)).map(|slice| &slice.replicas);
+        if let Some(replicas) = replicas.filter(|replicas| !replicas.contains(&finished.gateway)) {
+            audience.extend(replicas.iter().filter(|node| **node != self.services.node).cloned());
+        }
+        audience
+    }
+
+    fn ballot(&self, finished: Finished) -> Ballot {
+        let Finished { rd, slice, positions, input_root, output_root, interior, answer, .. } = finished;
+        let tag = work_tag(self.services.index, &rd, slice, positions, &interior);
+        let ballot = Ballot { vote: Vote { rd, slice, positions, input_root, output_root, tag }, answer };
+        #[cfg(feature = "adversary")]
+        let ballot = match self.behaviour {
+            Some(behaviour) => behaviour.ballot(ballot),
+            None => ballot,
+        };
+        ballot
+    }
+
+    /// Signs ballots once and sends them to everybody who should hear them.
+    fn vote(&mut self, context: &StageContext, audience: &BTreeSet<NodeId>, ballots: Vec<Ballot>) {
+        for ballots in by_bytes(ballots, |ballot| ballot.answer.as_ref().map_or(0, answer_bytes)) {
+            self.vote_together(context, audience, ballots);
+        }
+    }
+
+    fn vote_together(&mut self, context: &StageContext, audience: &BTreeSet<NodeId>, ballots: Vec<Ballot>) {
+        let sealed = match self.services.signer.seal_ballots(ballots) {
+            Ok(sealed) => sealed,
+            Err(error) => {
+                tracing::error!(%error, "votes could not be signed");
+                return;
+            }
+        };
+        let frame = wire::ballots(&sealed.bytes);
+        for node in audience {
+            if *node == self.services.node {
+                sealed.ballots.iter().for_each(|ballot| self.ballot_came(context, ballot.clone()));
+            } else {
+                self.send(node, frame.clone());
+            }
+        }
+    }
+
+    /// A peer that takes no frames loses the vote; f+1 others decide.
+    fn send(&self, node: &NodeId, frame: Result<Frame, FrameError>) {
+        match frame {
+            Ok(frame) => {
+                if let Err(error) = self.peers.try_send(node, frame) {
+                    tracing::debug!(%node, %error, "a vote was shed");
+                }
+            }
+            Err(error) => tracing::error!(%node, %error, "a vote does not fit a frame"),
+        }
+    }
+
+    fn report(&mut self, gateway: &NodeId, failed: Vec<BadTag>) {
+        if failed.is_empty() {
+            return;
+        }
+        if *gateway == self.services.node {
+            // A gateway that holds the slice audits with its own tally, which has the signed votes to show.
+            return;
+        }
+        self.send(gateway, wire::bad_tags(&failed));
+    }
+
+    fn deliver(&mut self, context: &StageContext, from: &NodeId, frame: &Frame) {
+        match frame.control_bytes().ok_or(wire::Malformed).and_then(wire::read) {
+            Ok(Message::Ballots(batch)) => self.ballots(context, from, batch),
+            Ok(Message::Deltas(deltas)) => self.deltas(from, deltas),
+            Ok(Message::BadTags(reports)) => self.bad_tags(from, &reports),
+            Err(error) => tracing::warn!(%from, %error, "a peer sent what is no message"),
+        }
+    }
+
+    fn ballots(&mut self, context: &StageContext, from: &NodeId, batch: &[u8]) {
+        let _verifying = context.states.verifying();
+        let began = context.clock.now();
+        let Some(sender) = self.services.epoch.index_of(from.as_ref()) else { return };
+        match self.services.epoch.open_ballots(batch, sender) {
+            Ok(ballots) => ballots.into_iter().for_each(|ballot| self.ballot_came(context, ballot)),
+            Err(error) => tracing::warn!(%from, %error, "a batch of votes does not hold"),
+        }
+        let elapsed = context.clock.now().saturating_sub(began);
+        self.services.telemetry.metrics().verification_seconds.record(elapsed);
+    }
+
+    /// Takes one checked ballot: into the tally of the own request, or to the audit of another gateway's.
+    fn ballot_came(&mut self, context: &StageContext, ballot: SignedBallot) {
+        let (rd, signer) = (ballot.vote().rd, ballot.signer());
+        if !self.ensure_open(&rd) {
+            if signer != self.services.index
+                && let Some((gateway, failed)) = self.audits.vote(signer, ballot.vote())
+            {
+                self.report(&gateway, vec![failed]);
+            }
+            return;
+        }
+        let Some(open) = self.open.get_mut(&rd) else { return };
+        let verdicts = open.ballot(ballot, &self.audits, &self.services, context.clock.now());
+        for verdict in verdicts {
+            self.verdict(rd, verdict);
+        }
+    }
+
+    /// Opens the tally of a request of this gateway, if it lives and is not open yet.
+    fn ensure_open(&mut self, rd: &RequestId) -> bool {
+        if self.open.contains_key(rd) {
+            return true;
+        }
+        let Some(request) = self.services.board.request(rd) else { return false };
+        if self.open.len() >= OPEN_MAX {
+            return false;
+        }
+        let last = self.services.plan.slices.last().map(|slice| slice.replicas.clone()).unwrap_or_default();
+        self.open.insert(*rd, Open::new(Arc::clone(&self.services.epoch), request.as_ref().clone(), last));
+        true
+    }
+
+    fn verdict(&mut self, rd: RequestId, verdict: Verdict) {
+        match verdict {
+            Verdict::Certified { receipt, answer } => {
+                self.decided.push(Decided::Certified { rd, receipt: Box::new(receipt), answer: Box::new(answer) });
+            }
+            Verdict::Impossible { slice } => {
+                let error = CoordinationError::ByzantineViolation { slice: usize::from(slice) };
+                self.decided.push(Decided::Failed { rd, error: error.into() });
+            }
+            Verdict::Accused(evidence) => self.accused(&rd, evidence),
+        }
+    }
+
+    /// Shows evidence: on the event bus, in the standing, and to commit for keeping.
+    fn accused(&mut self, rd: &RequestId, evidence: Evidence) {
+        let kind = audit::kind_name(evidence.kind());
+        let accused = evidence.accused;
+        self.services.standing.accused(accused, kind);
+        let Some(node) = self.services.node_id(accused) else { return };
+        tracing::warn!(%node, %rd, kind, grade = ?evidence.grade(), "a node was caught");
+        let metrics = self.services.telemetry.metrics();
+        metrics.evidence_total.of(&(&node).into()).inc();
+        self.services.telemetry.events().emit_with(|| {
+            Event::new("accused").node(&node).request(rd).with("kind", kind).with("grade", format!("{:?}", evidence.grade()))
+        });
+        let kept = self.evidence_kept.entry((accused, kind)).or_default();
+        if *kept < EVIDENCE_KEPT_MAX {
+            *kept += 1;
+            self.decided.push(Decided::Accused { evidence: Box::new(evidence) });
+        }
+    }
+
+    fn deltas(&mut self, from: &NodeId, deltas: Vec<Delta>) {
+        for Delta { rd, index, tokens } in deltas {
+            if !self.ensure_open(&rd) {
+                continue;
+            }
+            let Some(open) = self.open.get_mut(&rd) else { continue };
+            if let Some((index, tokens)) = open.delta(from, index, tokens) {
+                self.decided.push(Decided::Progress { rd, index, tokens });
+            }
+        }
+    }
+
+    /// Replicas that computed a slice say that another's tag is not that of the work. f+1 of them cannot all be lying.
+    fn bad_tags(&mut self, from: &NodeId, reports: &[BadTag]) {
+        let Some(reporter) = self.services.epoch.index_of(from.as_ref()) else { return };
+        let needed = self.services.topology.cluster.max_byzantine + 1;
+        for report in reports {
+            let holds_slice = self.services.epoch.replicas(report.slice).contains(&reporter);
+            let Some(open) = self.open.get_mut(&report.rd).filter(|_| holds_slice) else { continue };
+            if open.bad_tag(report.slice, report.accused, reporter) == needed {
+                self.services.standing.accused(report.accused, audit::WRONG_TAG);
+                let Some(node) = self.services.node_id(report.accused) else { continue };
+                tracing::warn!(%node, rd = %report.rd, "f+1 replicas say that a node did not do the work it voted on");
+                self.services.telemetry.events().emit_with(|| {
+                    Event::new("accused").node(&node).request(report.rd).with("kind", audit::WRONG_TAG)
+                });
+            }
+        }
+    }
+
+    /// Ends waiting: late votes after a while, and requests that can no longer get f+1 votes because nodes are gone.
+    fn sweep(&mut self, now: Duration) {
+        let mut over = Vec::new();
+        for (rd, open) in &mut self.open {
+            if let Some(settled) = open.settled_at() {
+                if now.saturating_sub(settled) >= LATE_VOTES {
+                    over.push(*rd);
+                }
+            } else if !self.services.board.is_living(rd) {
+                open.settle(now);
+            } else if let Some(slice) = open.short_of_nodes(&self.services) {
+                open.settle(now);
+                let error = ButterflyError::from(CoordinationError::InsufficientNodes { slice });
+                self.decided.push(Decided::Failed { rd: *rd, error });
+            }
+        }
+        for rd in over {
+            if let Some(open) = self.open.remove(&rd) {
+                self.unavailable(&rd, &open);
+            }
+        }
+    }
+
+    /// Reports whoever did not vote. Silence is unavailability, never lying.
+    fn unavailable(&self, rd: &RequestId, open: &Open) {
+        for node in open.silent() {
+            self.services.standing.silent(node);
+            let Some(node) = self.services.node_id(node) else { continue };
+            tracing::info!(%node, %rd, "no vote came in time");
+            self.services
+                .telemetry
+                .events()
+                .emit_with(|| Event::new("unavailable").node(&node).request(rd));
+        }
+    }
+}

@@ -1,0 +1,164 @@
+//! One request of this gateway while its votes come in.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::time::Duration;
+
+use butterfly_engine::telemetry::{VerificationLabels, VerificationResult};
+use butterfly_engine::transport::PeerState;
+use butterfly_topology::NodeId;
+use butterfly_verify::{
+    Answer, Audit, Epoch, Evidence, NodeIndex, Receipt, Request, SignedBallot, Tally, TallyEvent,
+};
+
+use crate::compute::Gate;
+use crate::consensus::audit::Audits;
+use crate::services::Services;
+
+/// What follows from a ballot.
+pub(crate) enum Verdict {
+    /// Every slice is certified.
+    Certified { receipt: Receipt, answer: Answer },
+    /// The replicas of the slice contradict each other beyond repair.
+    Impossible { slice: u16 },
+    /// A node was caught.
+    Accused(Evidence),
+}
+
+/// The state of one request.
+pub(crate) struct Open {
+    tally: Tally,
+    /// Tokens of the replicas of the last slice; `need` equal ones are released.
+    tokens: Gate<u32>,
+    audited: BTreeSet<(u16, NodeIndex)>,
+    bad_tags: BTreeMap<(u16, NodeIndex), BTreeSet<NodeIndex>>,
+    voted: BTreeSet<(u16, NodeIndex)>,
+    settled_at: Option<Duration>,
+    needed: usize,
+}
+
+impl Open {
+    pub(crate) fn new(epoch: Arc<Epoch>, request: Request, last: Vec<NodeId>) -> Self {
+        let needed = request.mode.votes(epoch.parts().max_byzantine);
+        let tokens = Gate::new(last, needed, request.params.max_tokens);
+        Self {
+            tally: Tally::new(epoch, request),
+            tokens,
+            audited: BTreeSet::new(),
+            bad_tags: BTreeMap::new(),
+            voted: BTreeSet::new(),
+            settled_at: None,
+            needed,
+        }
+    }
+
+    /// When the request was decided, failed or abandoned.
+    pub(crate) fn settled_at(&self) -> Option<Duration> {
+        self.settled_at
+    }
+
+    /// Nothing more is decided about it.
+    pub(crate) fn settle(&mut self, now: Duration) {
+        self.settled_at.get_or_insert(now);
+    }
+
+    /// Takes a ballot into the tally and audits tags as far as the own outcome allows.
+    pub(crate) fn ballot(&mut self, ballot: SignedBallot, audits: &Audits, services: &Services, now: Duration) -> Vec<Verdict> {
+        let (slice, signer) = (ballot.vote().slice, ballot.signer());
+        self.voted.insert((slice, signer));
+        let mut verdicts = Vec::new();
+        let was_settled = self.settled_at.is_some();
+        let mut accused = false;
+        for event in self.tally.handle(ballot) {
+            match event {
+                TallyEvent::Decided { receipt, answer } if !was_settled => {
+                    self.settle(now);
+                    verdicts.push(Verdict::Certified { receipt, answer });
+                }
+                TallyEvent::Impossible { slice, .. } if !was_settled => {
+                    self.settle(now);
+                    verdicts.push(Verdict::Impossible { slice });
+                }
+                TallyEvent::Accused(evidence) => {
+                    accused |= evidence.accused == signer;
+                    count(services, evidence.accused, VerificationResult::Mismatch);
+                    verdicts.push(Verdict::Accused(evidence));
+                }
+                TallyEvent::SliceCertified { .. } | TallyEvent::Decided { .. } | TallyEvent::Impossible { .. } => {}
+                TallyEvent::Ignored { signer, reason, .. } => tracing::debug!(?signer, ?reason, "a vote does not count"),
+            }
+        }
+        if !accused {
+            count(services, signer, VerificationResult::Agree);
+        }
+        if let Some(interior) = audits.interior(&self.tally.request().digest(), slice) {
+            let voters: Vec<NodeIndex> =
+                self.voted.iter().filter(|(of, _)| *of == slice).map(|(_, node)| *node).collect();
+            for node in voters.into_iter().filter(|node| *node != services.index) {
+                if self.audited.contains(&(slice, node)) {
+                    continue;
+                }
+                match self.tally.audit(node, slice, interior) {
+                    Audit::Agrees => {
+                        self.audited.insert((slice, node));
+                        services.standing.agreed(node);
+                    }
+                    Audit::Accused(evidence) => {
+                        self.audited.insert((slice, node));
+                        verdicts.push(Verdict::Accused(evidence));
+                    }
+                    Audit::Unknown => {}
+                }
+            }
+        }
+        verdicts
+    }
+
+    /// Takes sampled tokens. Returns those that enough replicas agree on, with the index of the first.
+    pub(crate) fn delta(&mut self, from: &NodeId, index: u32, tokens: Vec<u32>) -> Option<(u32, Vec<u32>)> {
+        for (offset, token) in (0u32..).zip(tokens) {
+            self.tokens.offer(from, index.saturating_add(offset), token);
+        }
+        let first = self.tokens.next();
+        let released: Vec<u32> = std::iter::from_fn(|| self.tokens.take()).collect();
+        (!released.is_empty() && self.settled_at.is_none()).then_some((first, released))
+    }
+
+    /// Notes that a replica found another's tag wrong. Returns how many have.
+    pub(crate) fn bad_tag(&mut self, slice: u16, accused: NodeIndex, reporter: NodeIndex) -> usize {
+        let reporters = self.bad_tags.entry((slice, accused)).or_default();
+        if reporters.insert(reporter) { reporters.len() } else { 0 }
+    }
+
+    /// A slice whose votes and living replicas together no longer make enough.
+    pub(crate) fn short_of_nodes(&self, services: &Services) -> Option<usize> {
+        let peers = services.peers.borrow();
+        services.plan.slices.iter().enumerate().find_map(|(slice, held)| {
+            let may_vote = |node: &&NodeId| {
+                **node == services.node
+                    || matches!(peers.get(*node), Some(PeerState::Up { .. }))
+                    || services
+                        .epoch
+                        .index_of(node.as_ref())
+                        .is_some_and(|index| self.voted.contains(&(slice as u16, index)))
+            };
+            (held.replicas.iter().filter(may_vote).count() < self.needed).then_some(slice)
+        })
+    }
+
+    /// Who has not voted on a slice it holds.
+    pub(crate) fn silent(&self) -> BTreeSet<NodeIndex> {
+        if !self.tally.is_decided() {
+            // A request that was cancelled or failed owes nobody a vote.
+            return BTreeSet::new();
+        }
+        self.tally.missing().into_iter().map(|(_, node)| node).collect()
+    }
+}
+
+fn count(services: &Services, node: NodeIndex, result: VerificationResult) {
+    if let Some(node) = services.node_id(node) {
+        let labels = VerificationLabels { node: node.to_string(), result };
+        services.telemetry.metrics().verifications_total.of(&labels).inc();
+    }
+}

@@ -1,0 +1,504 @@
+//! The tasks of this gateway that live: from admission to the end, which comes once.
+//!
+//! The board knows who waits for a request, whether it runs, and when it last moved. Stages reach it by request id, so no
+//! HTTP type and no reply channel flows through the graph.
+//!
+//! Invariants: a task ends once; its permit is given back and its waiting client told in the same step; an end that was
+//! promised to be kept is in the journal first; a task whose client has gone away is dead at once for every stage, and leaves
+//! the board when its end is in the journal.
+//!
+//! It refuses to know how a request is computed, and what a client is sent.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use butterfly_engine::clock::Clock;
+use butterfly_engine::telemetry::{Event, ModelLabel, TaskLabels, TaskStatus, Telemetry};
+use butterfly_verify::{Answer, Receipt, Request};
+use tokio::sync::{Notify, mpsc, watch};
+
+use super::errors::Failure;
+use super::reply::ReplySender;
+use crate::commit::{Journal, Outcome, Settled, TaskKind};
+use crate::error::{SchedulingError, TaskError};
+use crate::items::RequestId;
+
+/// Tasks that live at most. The queues of the graph are full before this is reached.
+pub const LIVING_MAX: usize = 262_144;
+/// Cancellations that wait to be sent; one more is dropped, and replicas let the request go when it expires.
+const CANCELLATIONS_WAITING_MAX: usize = 4096;
+
+/// A task that was answered.
+#[derive(Debug, Clone)]
+pub struct Completed {
+    /// The client's name for it.
+    pub task_id: String,
+    /// What was asked.
+    pub request: Arc<Request>,
+    /// What was answered.
+    pub answer: Answer,
+    /// The proof.
+    pub receipt: Receipt,
+}
+
+/// How a task ended.
+pub type TaskResult = Result<Arc<Completed>, TaskError>;
+
+/// A task to be put on the board.
+#[derive(Debug)]
+pub struct NewTask {
+    /// The client's name for it.
+    pub task_id: String,
+    /// The route it came by.
+    pub kind: TaskKind,
+    /// What is asked.
+    pub request: Arc<Request>,
+    /// Times it was started, this one included.
+    pub attempt: u32,
+    /// Who waits, if anyone does.
+    pub sink: Option<ReplySender>,
+}
+
+/// What can be told of a living task.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Status {
+    /// The request.
+    pub rd: RequestId,
+    /// The client's name for it.
+    pub task_id: String,
+    /// Whether it has a permit.
+    pub is_running: bool,
+    /// Tokens released so far.
+    pub tokens: usize,
+}
+
+/// The board.
+pub struct Board {
+    journal: Arc<Journal>,
+    telemetry: Arc<Telemetry>,
+    clock: Arc<dyn Clock>,
+    state: Mutex<State>,
+    count: watch::Sender<usize>,
+    abandoned: Notify,
+    cancellations: mpsc::Sender<RequestId>,
+    cancellation_receiver: Mutex<Option<CancellationReceiver>>,
+    http_address: watch::Sender<Option<SocketAddr>>,
+}
+
+/// Requests whose work is to be stopped on every node.
+#[derive(Debug)]
+pub struct CancellationReceiver(mpsc::Receiver<RequestId>);
+
+impl CancellationReceiver {
+    /// The next one, waiting for it; `None` once the board is gone. Safe to cancel.
+    pub async fn recv(&mut self) -> Option<RequestId> {
+        self.0.recv().await
+    }
+}
+
+#[derive(Default)]
+struct State {
+    tasks: BTreeMap<RequestId, Task>,
+    /// By client and task id: living tasks only.
+    names: BTreeMap<(String, String), RequestId>,
+    /// Tasks whose client has gone and whose end is not in the journal yet.
+    abandoned: Vec<RequestId>,
+    /// When any task last got a permit, tokens or its end.
+    moved: Duration,
+}
+
+struct Task {
+    task_id: String,
+    kind: TaskKind,
+    request: Arc<Request>,
+    attempt: u32,
+    sink: Option<ReplySender>,
+    permit: Option<Box<dyn Send>>,
+    phase: Phase,
+    opened: Duration,
+    moved: Duration,
+    tokens: usize,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Phase {
+    Waiting,
+    Running,
+    Abandoned,
+}
+
+impl Task {
+    fn name(&self) -> (String, String) {
+        (self.request.client.clone(), self.task_id.clone())
+    }
+
+    fn lives(&self) -> bool {
+        self.phase != Phase::Abandoned
+    }
+}
+
+impl Board {
+    /// An empty board.
+    #[must_use]
+    pub fn new(journal: Arc<Journal>, telemetry: Arc<Telemetry>, clock: Arc<dyn Clock>) -> Self {
+        let (cancellations, receiver) = mpsc::channel(CANCELLATIONS_WAITING_MAX);
+        Self {
+            journal,
+            telemetry,
+            clock,
+            state: Mutex::default(),
+            count: watch::Sender::new(0),
+            abandoned: Notify::new(),
+            cancellations,
+            cancellation_receiver: Mutex::new(Some(CancellationReceiver(receiver))),
+            http_address: watch::Sender::new(None),
+        }
+    }
+
+    /// Puts a task on the board.
+    ///
+    /// # Errors
+    /// When a living task of the same client has this id or this request, and when the board is full.
+    pub fn open(&self, task: NewTask) -> Result<(), SchedulingError> {
+        let now = self.clock.now();
+        let rd = task.request.digest();
+        let mut state = self.lock();
+        if state.tasks.len() >= LIVING_MAX {
+            return Err(SchedulingError::QueueFull { limit: LIVING_MAX, retry_after: Duration::from_secs(1) });
+        }
+        let NewTask { task_id, kind, request, attempt, sink } = task;
+        let name = (request.client.clone(), task_id.clone());
+        if state.tasks.contains_key(&rd) || state.names.contains_key(&name) {
+            return Err(SchedulingError::TaskAlreadyExists(task_id));
+        }
+        state.names.insert(name, rd);
+        let task = Task {
+            task_id,
+            kind,
+            request,
+            attempt,
+            sink,
+            permit: None,
+            phase: Phase::Waiting,
+            opened: now,
+            moved: now,
+            tokens: 0,
+        };
+        state.tasks.insert(rd, task);
+        self.telemetry.metrics().tasks_waiting.inc();
+        self.count.send_replace(state.tasks.len());
+        drop(state);
+        self.telemetry.events().emit_with(|| Event::new("admitted").request(rd));
+        Ok(())
+    }
+
+    /// Takes a task off the board that was never promised anything: it could not be journalled or handed on.
+    pub fn withdraw(&self, rd: &RequestId) {
+        let mut state = self.lock();
+        let removed = self.remove(&mut state, rd);
+        drop(state);
+        drop(removed);
+    }
+
+    /// The request, while its task lives.
+    #[must_use]
+    pub fn request(&self, rd: &RequestId) -> Option<Arc<Request>> {
+        self.task(rd).map(|(_, request)| request)
+    }
+
+    /// The task's id and request, while it lives.
+    #[must_use]
+    pub fn task(&self, rd: &RequestId) -> Option<(String, Arc<Request>)> {
+        let state = self.lock();
+        let task = state.tasks.get(rd).filter(|task| task.lives())?;
+        Some((task.task_id.clone(), Arc::clone(&task.request)))
+    }
+
+    /// Whether the task lives.
+    #[must_use]
+    pub fn is_living(&self, rd: &RequestId) -> bool {
+        self.lock().tasks.get(rd).is_some_and(Task::lives)
+    }
+
+    /// Times the task was started, this one included; 0 if it does not live.
+    #[must_use]
+    pub fn attempt(&self, rd: &RequestId) -> u32 {
+        self.lock().tasks.get(rd).map_or(0, |task| task.attempt)
+    }
+
+    /// What can be told of a living task of a client, by its task id or its request id.
+    #[must_use]
+    pub fn status(&self, client: &str, id: &str) -> Option<Status> {
+        let state = self.lock();
+        let named = state.names.get(&(client.to_owned(), id.to_owned())).copied();
+        let rd = named.or_else(|| id.parse().ok())?;
+        let task = state.tasks.get(&rd).filter(|task| task.lives() && task.request.client == client)?;
+        let is_running = task.phase == Phase::Running;
+        Some(Status { rd, task_id: task.task_id.clone(), is_running, tokens: task.tokens })
+    }
+
+    /// The task has a permit, which it keeps until it ends.
+    pub fn running(&self, rd: &RequestId, permit: Box<dyn Send>) {
+        let now = self.clock.now();
+        let mut state = self.lock();
+        let Some(task) = state.tasks.get_mut(rd).filter(|task| task.phase == Phase::Waiting) else {
+            // Not under the lock: a permit may wake whoever waits for it.
+            drop(state);
+            drop(permit);
+            return;
+        };
+        task.phase = Phase::Running;
+        task.permit = Some(permit);
+        task.moved = now;
+        let queued = now.saturating_sub(task.opened);
+        let label = ModelLabel { model: task.request.model.clone() };
+        state.moved = now;
+        drop(state);
+        let metrics = self.telemetry.metrics();
+        metrics.tasks_waiting.dec();
+        metrics.tasks_running.inc();
+        metrics.task_queue_seconds.of(&label).record(queued);
+        self.telemetry.events().emit_with(|| Event::new("running").request(rd));
+    }
+
+    /// f+1 replicas agree on these tokens, the first of which is number `index` of the answer. Never waits.
+    pub fn progress(&self, rd: &RequestId, index: u32, tokens: &[u32]) {
+        let now = self.clock.now();
+        let index = usize::try_from(index).unwrap_or(usize::MAX);
+        let mut state = self.lock();
+        let Some(task) = state.tasks.get_mut(rd).filter(|task| task.lives()) else { return };
+        let fresh = index.saturating_add(tokens.len()).saturating_sub(task.tokens);
+        if fresh == 0 || index > task.tokens {
+            return;
+        }
+        let is_first = task.tokens == 0;
+        let since = now.saturating_sub(if is_first { task.opened } else { task.moved });
+        task.tokens += fresh;
+        task.moved = now;
+        if let Some(sink) = &task.sink {
+            sink.tokens(index, tokens);
+        }
+        let label = ModelLabel { model: task.request.model.clone() };
+        state.moved = now;
+        drop(state);
+        let metrics = self.telemetry.metrics();
+        let (first, between) = if is_first { (1, fresh - 1) } else { (0, fresh) };
+        if first > 0 {
+            metrics.time_to_first_token_seconds.of(&label).record(since);
+        }
+        if between > 0 {
+            // For each token, not for each group in which they came; those that came with the first waited for nothing.
+            let each = if is_first { Duration::ZERO } else { since / u32::try_from(between).unwrap_or(u32::MAX) };
+            metrics.inter_token_latency_seconds.of(&label).record_many(each, between as u64);
+        }
+    }
+
+    /// The end of a task whose end is in the journal. Later ends change nothing.
+    pub fn settle(&self, rd: &RequestId, result: TaskResult) {
+        let now = self.clock.now();
+        let mut state = self.lock();
+        if !state.tasks.get(rd).is_some_and(Task::lives) {
+            return;
+        }
+        let Some(mut task) = self.remove(&mut state, rd) else { return };
+        state.moved = now;
+        drop(state);
+        drop(task.permit.take());
+        self.count_end(&task, &result, now);
+        self.telemetry.events().emit_with(|| {
+            let outcome = result.as_ref().map_or_else(|error| Failure::from(error).body.code, |_| "completed");
+            Event::new("settled").request(rd).with("outcome", outcome)
+        });
+        if let Some(sink) = task.sink.take() {
+            sink.end(result);
+        }
+    }
+
+    /// Fails a task: writes the failure in the journal, then tells it, and stops its work on every node. If the journal has
+    /// another end of it already, that one stays and is told by whoever wrote it.
+    pub async fn fail(&self, rd: &RequestId, error: TaskError) {
+        if !self.is_living(rd) {
+            return;
+        }
+        let outcome = Outcome::Failed { error: Failure::from(&error).to_json() };
+        let written = self.journal.settle(vec![Settled { rd: *rd, outcome }]).await;
+        match written.as_deref() {
+            Ok([true]) => self.stop(rd),
+            Ok(_) => return,
+            // Nothing can be promised any more; the commit stage stops the node over it.
+            Err(failure) => tracing::error!(%rd, %failure, "a failure could not be written"),
+        }
+        self.settle(rd, Err(error));
+    }
+
+    /// The client has gone away: the task is dead at once. Its end is written by [`Board::bury`].
+    pub fn cancel(&self, rd: &RequestId) {
+        let mut state = self.lock();
+        let Some(task) = state.tasks.get_mut(rd).filter(|task| task.lives()) else { return };
+        let was = std::mem::replace(&mut task.phase, Phase::Abandoned);
+        let (sink, permit) = (task.sink.take(), task.permit.take());
+        let name = task.name();
+        state.names.remove(&name);
+        state.abandoned.push(*rd);
+        drop(state);
+        self.leave(was);
+        drop(permit);
+        if let Some(sink) = sink {
+            sink.end(Err(TaskError::Cancelled));
+        }
+        if was == Phase::Running {
+            self.stop(rd);
+        }
+        self.telemetry.events().emit_with(|| Event::new("cancelled").request(rd));
+        self.abandoned.notify_one();
+    }
+
+    /// Waits for abandoned tasks, writes their ends in the journal and takes them off the board. Returns when some were;
+    /// called in a loop by one task.
+    ///
+    /// A cancelled call leaves the tasks for the next one.
+    pub async fn bury(&self) {
+        let dead = loop {
+            let dead = self.lock().abandoned.clone();
+            if !dead.is_empty() {
+                break dead;
+            }
+            self.abandoned.notified().await;
+        };
+        let error = Failure::from(&TaskError::Cancelled).to_json();
+        let end = |rd: &RequestId| Settled { rd: *rd, outcome: Outcome::Failed { error: error.clone() } };
+        if let Err(failure) = self.journal.settle(dead.iter().map(end).collect()).await {
+            tracing::error!(%failure, "cancellations could not be written");
+        }
+        let now = self.clock.now();
+        let mut state = self.lock();
+        state.abandoned.drain(..dead.len());
+        let buried: Vec<Task> = dead.iter().filter_map(|rd| self.remove(&mut state, rd)).collect();
+        drop(state);
+        for task in &buried {
+            self.count_end(task, &Err(TaskError::Cancelled), now);
+        }
+    }
+
+    /// Requests whose work is to be stopped on every node. Taken once.
+    #[must_use]
+    pub fn take_cancellations(&self) -> Option<CancellationReceiver> {
+        self.cancellation_receiver.lock().unwrap_or_else(PoisonError::into_inner).take()
+    }
+
+    /// Tasks on the board.
+    #[must_use]
+    pub fn living(&self) -> usize {
+        *self.count.borrow()
+    }
+
+    /// Resolves when no task is on the board. Safe to cancel.
+    pub async fn drained(&self) {
+        // The sender lives in `self`, so waiting cannot fail.
+        let _ = self.count.subscribe().wait_for(|count| *count == 0).await;
+    }
+
+    /// Living tasks that are out of time, each with the time it had: those that expired, those that run and did not move
+    /// for `timeout`, and those that wait while nothing on the board moved for as long.
+    #[must_use]
+    pub fn stalled(&self, timeout: Duration) -> Vec<(RequestId, Duration)> {
+        let (now, unix_ms) = (self.clock.now(), self.clock.unix_ms());
+        let state = self.lock();
+        let out_of_time = |task: &Task| {
+            let moved = match task.phase {
+                Phase::Waiting => task.moved.max(state.moved),
+                Phase::Running => task.moved,
+                Phase::Abandoned => return None,
+            };
+            let still = now.saturating_sub(moved);
+            if unix_ms >= task.request.expires_ms {
+                return Some(Duration::from_millis(task.request.expires_ms.saturating_sub(task.request.now_ms)));
+            }
+            (still >= timeout).then_some(still)
+        };
+        state.tasks.iter().filter_map(|(rd, task)| Some((*rd, out_of_time(task)?))).collect()
+    }
+
+    /// How long nothing has moved although tasks run; zero when none does.
+    #[must_use]
+    pub fn still_for(&self) -> Duration {
+        let now = self.clock.now();
+        let state = self.lock();
+        let runs = state.tasks.values().any(|task| task.phase == Phase::Running);
+        if runs { now.saturating_sub(state.moved) } else { Duration::ZERO }
+    }
+
+    /// Records where clients reach this gateway.
+    pub fn listening(&self, address: SocketAddr) {
+        self.http_address.send_replace(Some(address));
+    }
+
+    /// Where clients reach this gateway, once its listener is bound.
+    #[must_use]
+    pub fn http_address(&self) -> Option<SocketAddr> {
+        *self.http_address.borrow()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes a task off the board, and out of the gauges if it lived. The caller drops it outside the lock.
+    fn remove(&self, state: &mut State, rd: &RequestId) -> Option<Task> {
+        let task = state.tasks.remove(rd)?;
+        if task.lives() {
+            state.names.remove(&task.name());
+            self.leave(task.phase);
+        }
+        self.count.send_replace(state.tasks.len());
+        Some(task)
+    }
+
+    fn leave(&self, phase: Phase) {
+        match phase {
+            Phase::Waiting => self.telemetry.metrics().tasks_waiting.dec(),
+            Phase::Running => self.telemetry.metrics().tasks_running.dec(),
+            Phase::Abandoned => return,
+        };
+    }
+
+    /// Has the work on a request stopped on every node.
+    fn stop(&self, rd: &RequestId) {
+        if self.cancellations.try_send(*rd).is_err() {
+            tracing::debug!(%rd, "a cancellation was dropped; replicas let the request go when it expires");
+        }
+    }
+
+    fn count_end(&self, task: &Task, result: &TaskResult, now: Duration) {
+        let metrics = self.telemetry.metrics();
+        let model = task.request.model.clone();
+        let status = match result {
+            Ok(_) => TaskStatus::Completed,
+            Err(TaskError::Cancelled) => TaskStatus::Cancelled,
+            Err(_) => TaskStatus::Failed,
+        };
+        if let Ok(completed) = result {
+            let label = ModelLabel { model: model.clone() };
+            metrics.task_latency_seconds.of(&label).record(now.saturating_sub(task.opened));
+            if let Answer::Text { tokens, prompt_tokens, .. } = &completed.answer {
+                metrics.prompt_tokens_total.inc_by(u64::from(*prompt_tokens));
+                metrics.generation_tokens_total.inc_by(tokens.len() as u64);
+                if task.tokens == 0 {
+                    metrics.time_to_first_token_seconds.of(&label).record(now.saturating_sub(task.opened));
+                }
+            }
+        }
+        metrics.tasks_total.of(&TaskLabels { model, kind: task.kind.label(), status }).inc();
+    }
+}
+
+impl std::fmt::Debug for Board {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Board").field("living", &self.living()).finish_non_exhaustive()
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,171 @@
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use futures::FutureExt;
+
+use super::super::fixture::{completed, fixture, request};
+use super::super::reply::Reply;
+use super::*;
+
+/// A permit that counts how often it was given back.
+struct Permit(Arc<AtomicUsize>);
+
+impl Drop for Permit {
+    fn drop(&mut self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+}
+
+fn permit() -> (Box<Permit>, Arc<AtomicUsize>) {
+    let returned = Arc::new(AtomicUsize::new(0));
+    (Box::new(Permit(Arc::clone(&returned))), returned)
+}
+
+#[test]
+fn a_task_ends_once_and_gives_its_permit_back() {
+    let fixture = fixture();
+    let request = request(1, "");
+    let rd = request.digest();
+    let mut waiting = fixture.open("task", &request).unwrap();
+    assert_eq!(fixture.gauges(), (1, 0));
+    let (permit, returned) = permit();
+    fixture.board.running(&rd, permit);
+    assert_eq!(fixture.gauges(), (0, 1));
+    fixture.board.progress(&rd, 0, &[5]);
+    fixture.board.settle(&rd, completed(&request));
+    fixture.board.settle(&rd, Err(TaskError::Numeric));
+    assert_eq!(returned.load(Ordering::Relaxed), 1);
+    assert_eq!(fixture.gauges(), (0, 0));
+    assert_eq!((fixture.ended(TaskStatus::Completed), fixture.ended(TaskStatus::Failed)), (1, 0));
+    assert!(matches!(waiting.next().now_or_never(), Some(Reply::Tokens(tokens)) if tokens == [5]));
+    assert!(waiting.end().now_or_never().unwrap().is_ok());
+    assert!(!fixture.board.is_living(&rd));
+    assert!(fixture.board.drained().now_or_never().is_some());
+}
+
+#[test]
+fn a_permit_for_a_task_that_is_over_comes_straight_back() {
+    let fixture = fixture();
+    let request = request(1, "");
+    let (permit, returned) = permit();
+    fixture.board.running(&request.digest(), permit);
+    assert_eq!(returned.load(Ordering::Relaxed), 1);
+    assert_eq!(fixture.gauges(), (0, 0));
+}
+
+#[test]
+fn ids_of_living_tasks_are_taken_for_their_client_alone() {
+    let fixture = fixture();
+    let (one, two, three) = (request(1, "a"), request(2, "a"), request(3, "b"));
+    let _waiting = fixture.open("task", &one).unwrap();
+    assert_eq!(fixture.open("task", &two).unwrap_err(), SchedulingError::TaskAlreadyExists("task".into()));
+    assert_eq!(fixture.open("other", &one).unwrap_err(), SchedulingError::TaskAlreadyExists("other".into()));
+    let _elsewhere = fixture.open("task", &three).unwrap();
+    assert_eq!(fixture.board.status("a", "task").unwrap().rd, one.digest());
+    assert_eq!(fixture.board.status("b", "task").unwrap().rd, three.digest());
+    assert_eq!(fixture.board.status("b", &one.digest().to_string()), None, "not of this client");
+    fixture.board.settle(&one.digest(), completed(&one));
+    assert!(fixture.open("task", &two).is_ok(), "the id is free again");
+}
+
+#[tokio::test]
+async fn a_failure_is_in_the_journal_before_it_is_told_and_stops_the_work() {
+    let fixture = fixture();
+    let request = request(1, "");
+    let rd = request.digest();
+    let mut waiting = fixture.open("task", &request).unwrap();
+    fixture.accept(&request).await;
+    fixture.board.fail(&rd, TaskError::Numeric).await;
+    assert_eq!(waiting.end().await.unwrap_err(), TaskError::Numeric);
+    let Some(Outcome::Failed { error }) = fixture.journal.record(&rd).unwrap().unwrap().outcome else { panic!() };
+    assert!(String::from_utf8(error).unwrap().contains("numeric_failure"));
+    let mut cancellations = fixture.board.take_cancellations().unwrap();
+    assert_eq!(cancellations.recv().await, Some(rd));
+    assert!(fixture.board.take_cancellations().is_none());
+}
+
+#[tokio::test]
+async fn of_two_ends_the_one_in_the_journal_is_told() {
+    let fixture = fixture();
+    let request = request(1, "");
+    let rd = request.digest();
+    let mut waiting = fixture.open("task", &request).unwrap();
+    fixture.accept(&request).await;
+    let outcome = Outcome::Certified { receipt: b"{}".to_vec(), answer: Vec::new() };
+    fixture.journal.settle(vec![Settled { rd, outcome }]).await.unwrap();
+    fixture.board.fail(&rd, TaskError::Numeric).await;
+    assert!(waiting.next().now_or_never().is_none(), "the failure came second");
+    fixture.board.settle(&rd, completed(&request));
+    assert!(waiting.end().await.is_ok());
+}
+
+#[tokio::test]
+async fn a_task_whose_client_has_gone_is_dead_at_once_and_buried_in_the_journal() {
+    let fixture = fixture();
+    let request = request(1, "");
+    let rd = request.digest();
+    let mut waiting = fixture.open("task", &request).unwrap();
+    fixture.accept(&request).await;
+    let (permit, returned) = permit();
+    fixture.board.running(&rd, permit);
+    fixture.board.cancel(&rd);
+    fixture.board.cancel(&rd);
+    assert_eq!(returned.load(Ordering::Relaxed), 1);
+    assert!(!fixture.board.is_living(&rd));
+    assert_eq!(fixture.board.request(&rd), None);
+    assert_eq!(fixture.gauges(), (0, 0));
+    assert_eq!(waiting.end().await.unwrap_err(), TaskError::Cancelled);
+    fixture.board.settle(&rd, completed(&request));
+    assert_eq!(fixture.board.living(), 1, "its end is not in the journal yet");
+    assert!(fixture.board.drained().now_or_never().is_none());
+    fixture.board.bury().await;
+    assert_eq!(fixture.board.living(), 0);
+    assert_eq!((fixture.ended(TaskStatus::Cancelled), fixture.ended(TaskStatus::Completed)), (1, 0));
+    assert!(matches!(fixture.journal.record(&rd).unwrap().unwrap().outcome, Some(Outcome::Failed { .. })));
+    assert_eq!(fixture.board.take_cancellations().unwrap().recv().now_or_never(), Some(Some(rd)));
+    assert!(fixture.board.bury().now_or_never().is_none(), "nothing is left to bury");
+}
+
+#[test]
+fn tasks_that_stand_still_are_found_and_those_that_move_are_not() {
+    let fixture = fixture();
+    let timeout = Duration::from_secs(30);
+    let (running, waiting) = (request(1, ""), request(2, ""));
+    let _first = fixture.open("running", &running).unwrap();
+    let _second = fixture.open("waiting", &waiting).unwrap();
+    fixture.board.running(&running.digest(), Box::new(()));
+    let stalled = || fixture.board.stalled(timeout).into_iter().map(|(rd, _)| rd).collect::<Vec<_>>();
+    fixture.clock.advance(Duration::from_secs(20));
+    fixture.board.progress(&running.digest(), 0, &[1]);
+    fixture.clock.advance(Duration::from_secs(20));
+    assert_eq!(stalled(), vec![], "what waits stands still only if the whole board does");
+    assert_eq!(fixture.board.still_for(), Duration::from_secs(20));
+    fixture.clock.advance(Duration::from_secs(10));
+    assert_eq!(stalled().len(), 2);
+    fixture.board.progress(&running.digest(), 1, &[1]);
+    assert_eq!(stalled(), vec![]);
+    for index in 2..30 {
+        fixture.clock.advance(Duration::from_secs(20));
+        fixture.board.progress(&running.digest(), index, &[1]);
+    }
+    assert_eq!(stalled().len(), 2, "both have expired, however much they move");
+}
+
+#[test]
+fn tokens_count_for_latency_once_each() {
+    let fixture = fixture();
+    let request = request(1, "");
+    let rd = request.digest();
+    let _waiting = fixture.open("task", &request).unwrap();
+    fixture.clock.advance(Duration::from_millis(100));
+    fixture.board.progress(&rd, 0, &[1, 2]);
+    fixture.board.progress(&rd, 0, &[1, 2]);
+    fixture.board.progress(&rd, 5, &[6]);
+    fixture.clock.advance(Duration::from_millis(40));
+    fixture.board.progress(&rd, 1, &[2, 3, 4]);
+    let label = ModelLabel { model: "tiny".to_owned() };
+    let metrics = fixture.telemetry.metrics();
+    assert_eq!(metrics.time_to_first_token_seconds.of(&label).quantiles().count, 1);
+    let between = metrics.inter_token_latency_seconds.of(&label).quantiles();
+    assert_eq!(between.count, 3);
+    assert!((between.max - 0.020).abs() < 0.001, "{between:?}");
+}

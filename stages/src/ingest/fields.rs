@@ -1,0 +1,361 @@
+//! The fields of a request's JSON body, read without trust and without losing their names.
+//!
+//! A body is read once. A field of the wrong type does not fail the reading: it is kept as wrong, so that the failure can
+//! name the field. Only text that is no JSON object, or names a field twice, fails at once.
+//!
+//! Invariants: memory is a small multiple of the body's length; lists are cut at their named limit; nesting is limited by
+//! the JSON reader; numbers are finite.
+//!
+//! It refuses to know models and tasks.
+
+mod lists;
+
+use std::collections::BTreeMap;
+use std::fmt;
+use std::ops::RangeInclusive;
+
+use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
+
+pub use lists::{Bias, List, Options, Prompt, Stops, Vector};
+
+use super::errors::Failure;
+
+/// Fields with one value that some route knows.
+const SETTINGS: [&str; 17] = [
+    "model",
+    "text",
+    "task_id",
+    "wait",
+    "verify",
+    "max_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "ignore_eos",
+    "stream",
+    "return_token_ids",
+    "n",
+    "best_of",
+];
+
+/// Fields that clients of such interfaces know and that are not supported, with the values that change nothing. Anything
+/// else in them fails, because leaving them out silently would be an answer to another question.
+const UNSUPPORTED: [(&str, &[Setting]); 31] = [
+    ("echo", &[Setting::Flag(false)]),
+    ("logprobs", &[Setting::Flag(false)]),
+    ("prompt_logprobs", &[]),
+    ("suffix", &[]),
+    ("priority", &[Setting::Integer(0)]),
+    ("min_p", &[Setting::Integer(0), Setting::Number(0.0)]),
+    ("typical_p", &[Setting::Integer(1), Setting::Number(1.0)]),
+    ("repetition_penalty", &[Setting::Integer(1), Setting::Number(1.0)]),
+    ("length_penalty", &[Setting::Integer(1), Setting::Number(1.0)]),
+    ("min_tokens", &[Setting::Integer(0)]),
+    ("use_beam_search", &[Setting::Flag(false)]),
+    ("early_stopping", &[Setting::Flag(false)]),
+    ("stop_token_ids", &[Setting::EmptyList]),
+    ("include_stop_str_in_output", &[Setting::Flag(false)]),
+    ("bad_words", &[Setting::EmptyList]),
+    ("allowed_token_ids", &[]),
+    ("truncate_prompt_tokens", &[]),
+    ("response_format", &[]),
+    ("grammar", &[]),
+    ("guided_json", &[]),
+    ("guided_regex", &[]),
+    ("guided_choice", &[]),
+    ("guided_grammar", &[]),
+    ("structured_outputs", &[]),
+    ("json_schema", &[]),
+    ("logits_processors", &[Setting::EmptyList]),
+    ("prompt_embeds", &[]),
+    ("skip_special_tokens", &[Setting::Flag(true)]),
+    ("spaces_between_special_tokens", &[Setting::Flag(true)]),
+    ("add_special_tokens", &[Setting::Flag(true)]),
+    ("tools", &[Setting::EmptyList]),
+];
+
+/// The value of a field that has one.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Setting {
+    /// `null`, which says no more than leaving it out.
+    Null,
+    /// `true` or `false`.
+    Flag(bool),
+    /// A number written without a fraction.
+    Integer(i128),
+    /// Any other number; finite.
+    Number(f64),
+    /// A string.
+    Text(String),
+    /// `[]`.
+    EmptyList,
+    /// A list or an object.
+    Compound,
+}
+
+/// A body, read.
+#[derive(Debug, Default)]
+pub struct Fields {
+    settings: BTreeMap<&'static str, Setting>,
+    /// `prompt`.
+    pub prompt: List<Prompt>,
+    /// `input`.
+    pub input: List<Vector>,
+    /// `stop`.
+    pub stop: List<Stops>,
+    /// `logit_bias`.
+    pub logit_bias: List<Bias>,
+    /// `stream_options`.
+    pub stream_options: List<Options>,
+    /// `butterfly`.
+    pub butterfly: List<Options>,
+}
+
+impl Fields {
+    /// Reads a body.
+    ///
+    /// # Errors
+    /// When it is no JSON object, or names a field twice.
+    pub fn parse(body: &[u8]) -> Result<Self, Failure> {
+        serde_json::from_slice(body).map_err(Failure::invalid_json)
+    }
+
+    /// Refuses fields that are known, not supported, and set to something that matters.
+    ///
+    /// # Errors
+    /// Names the first such field.
+    pub fn refuse_unsupported(&self) -> Result<(), Failure> {
+        for (name, harmless) in UNSUPPORTED {
+            if self.settings.get(name).is_some_and(|value| *value != Setting::Null && !harmless.contains(value)) {
+                return Err(unsupported(name));
+            }
+        }
+        for name in ["n", "best_of"] {
+            if self.integer(name, 1..=i64::MAX)?.is_some_and(|value| value != 1) {
+                return Err(unsupported(name));
+            }
+        }
+        Ok(())
+    }
+
+    /// Refuses a field that another route has.
+    ///
+    /// # Errors
+    /// When it is set to anything but null or `harmless`.
+    pub fn refuse(&self, name: &'static str, harmless: Setting) -> Result<(), Failure> {
+        match self.settings.get(name) {
+            Some(value) if *value != Setting::Null && *value != harmless => Err(unsupported(name)),
+            _ => Ok(()),
+        }
+    }
+
+    /// A flag, `otherwise` if it is not there.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn flag(&self, name: &'static str, otherwise: bool) -> Result<bool, Failure> {
+        flag(name, self.settings.get(name), otherwise)
+    }
+
+    /// A string.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn text(&mut self, name: &'static str) -> Result<Option<String>, Failure> {
+        text(name, self.settings.remove(name))
+    }
+
+    /// An integer in a range.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn integer(&self, name: &'static str, range: RangeInclusive<i64>) -> Result<Option<i64>, Failure> {
+        integer(name, self.settings.get(name), range)
+    }
+
+    /// A number in a range.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub fn number(&self, name: &'static str, range: RangeInclusive<f32>) -> Result<Option<f32>, Failure> {
+        let value = match self.settings.get(name) {
+            None | Some(Setting::Null) => return Ok(None),
+            Some(Setting::Integer(value)) => *value as f64,
+            Some(Setting::Number(value)) => *value,
+            Some(other) => return Err(wrong(name, "a number", other)),
+        };
+        let value = value as f32;
+        if range.contains(&value) {
+            return Ok(Some(value));
+        }
+        let message = format!("{name} must be from {} to {}, not {value}", range.start(), range.end());
+        Err(Failure::invalid_value(name, message))
+    }
+}
+
+/// A flag of an object inside the body.
+///
+/// # Errors
+/// When it is something else.
+pub fn flag(name: &str, value: Option<&Setting>, otherwise: bool) -> Result<bool, Failure> {
+    match value {
+        None | Some(Setting::Null) => Ok(otherwise),
+        Some(Setting::Flag(value)) => Ok(*value),
+        Some(other) => Err(wrong(name, "true or false", other)),
+    }
+}
+
+/// A string of an object inside the body.
+///
+/// # Errors
+/// When it is something else.
+pub fn text(name: &str, value: Option<Setting>) -> Result<Option<String>, Failure> {
+    match value {
+        None | Some(Setting::Null) => Ok(None),
+        Some(Setting::Text(value)) => Ok(Some(value)),
+        Some(other) => Err(wrong(name, "a string", &other)),
+    }
+}
+
+/// An integer of an object inside the body.
+///
+/// # Errors
+/// When it is something else.
+pub fn integer(name: &str, value: Option<&Setting>, range: RangeInclusive<i64>) -> Result<Option<i64>, Failure> {
+    let value = match value {
+        None | Some(Setting::Null) => return Ok(None),
+        Some(Setting::Integer(value)) => *value,
+        Some(other) => return Err(wrong(name, "an integer", other)),
+    };
+    if let Some(value) = i64::try_from(value).ok().filter(|value| range.contains(value)) {
+        return Ok(Some(value));
+    }
+    let message = if *range.end() == i64::MAX {
+        format!("{name} must be at least {}, not {value}", range.start())
+    } else {
+        format!("{name} must be from {} to {}, not {value}", range.start(), range.end())
+    };
+    Err(Failure::invalid_value(name, message))
+}
+
+fn wrong(name: &str, wanted: &str, found: &Setting) -> Failure {
+    let found = match found {
+        Setting::Null => "null",
+        Setting::Flag(_) => "a flag",
+        Setting::Integer(_) | Setting::Number(_) => "another number",
+        Setting::Text(_) => "a string",
+        Setting::EmptyList => "a list",
+        Setting::Compound => "a list or an object",
+    };
+    Failure::invalid_value(name, format!("{name} must be {wanted}, not {found}"))
+}
+
+fn unsupported(name: &str) -> Failure {
+    let message = format!("{name} is not supported here; leave it out, or leave it at its default");
+    Failure::unsupported_parameter(name, message)
+}
+
+impl<'de> Deserialize<'de> for Setting {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Any;
+
+        impl<'de> Visitor<'de> for Any {
+            type Value = Setting;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("any value")
+            }
+
+            fn visit_unit<E>(self) -> Result<Setting, E> {
+                Ok(Setting::Null)
+            }
+
+            fn visit_bool<E>(self, value: bool) -> Result<Setting, E> {
+                Ok(Setting::Flag(value))
+            }
+
+            fn visit_i64<E>(self, value: i64) -> Result<Setting, E> {
+                Ok(Setting::Integer(value.into()))
+            }
+
+            fn visit_u64<E>(self, value: u64) -> Result<Setting, E> {
+                Ok(Setting::Integer(value.into()))
+            }
+
+            fn visit_f64<E>(self, value: f64) -> Result<Setting, E> {
+                Ok(Setting::Number(value))
+            }
+
+            fn visit_str<E>(self, value: &str) -> Result<Setting, E> {
+                Ok(Setting::Text(value.to_owned()))
+            }
+
+            fn visit_string<E>(self, value: String) -> Result<Setting, E> {
+                Ok(Setting::Text(value))
+            }
+
+            fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Setting, A::Error> {
+                let is_empty = seq.next_element::<IgnoredAny>()?.is_none();
+                while seq.next_element::<IgnoredAny>()?.is_some() {}
+                Ok(if is_empty { Setting::EmptyList } else { Setting::Compound })
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Setting, A::Error> {
+                while map.next_entry::<IgnoredAny, IgnoredAny>()?.is_some() {}
+                Ok(Setting::Compound)
+            }
+        }
+
+        deserializer.deserialize_any(Any)
+    }
+}
+
+impl<'de> Deserialize<'de> for Fields {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct Object;
+
+        impl<'de> Visitor<'de> for Object {
+            type Value = Fields;
+
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a JSON object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Fields, A::Error> {
+                let mut fields = Fields::default();
+                while let Some(name) = map.next_key::<String>()? {
+                    let is_first = match name.as_str() {
+                        "prompt" => fields.prompt.take(map.next_value()?),
+                        "input" => fields.input.take(map.next_value()?),
+                        "stop" => fields.stop.take(map.next_value()?),
+                        "logit_bias" => fields.logit_bias.take(map.next_value()?),
+                        "stream_options" => fields.stream_options.take(map.next_value()?),
+                        "butterfly" => fields.butterfly.take(map.next_value()?),
+                        other => match known(other) {
+                            Some(name) => fields.settings.insert(name, map.next_value()?).is_none(),
+                            None => map.next_value::<IgnoredAny>().map(|_| true)?,
+                        },
+                    };
+                    if !is_first {
+                        return Err(A::Error::custom(format!("the field {name} is there twice")));
+                    }
+                }
+                Ok(fields)
+            }
+        }
+
+        deserializer.deserialize_map(Object)
+    }
+}
+
+/// The name of a field with one value, if it is one.
+fn known(name: &str) -> Option<&'static str> {
+    let unsupported = UNSUPPORTED.iter().map(|(name, _)| *name);
+    SETTINGS.into_iter().chain(unsupported).find(|known| *known == name)
+}
+
+#[cfg(test)]
+mod tests;

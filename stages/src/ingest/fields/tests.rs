@@ -1,0 +1,110 @@
+use super::*;
+
+fn fields(body: &str) -> Fields {
+    Fields::parse(body.as_bytes()).unwrap()
+}
+
+fn param(failure: Failure) -> (&'static str, String) {
+    (failure.body.code, failure.body.param.unwrap_or_default())
+}
+
+#[test]
+fn values_of_the_wrong_type_name_their_field() {
+    let fields =
+        fields(r#"{"temperature": "hot", "max_tokens": 1.5, "stream": 1, "seed": [], "top_p": 1.01, "model": {}}"#);
+    assert_eq!(param(fields.number("temperature", 0.0..=2.0).unwrap_err()), ("invalid_value", "temperature".into()));
+    assert_eq!(param(fields.integer("max_tokens", 1..=9).unwrap_err()), ("invalid_value", "max_tokens".into()));
+    assert_eq!(param(fields.flag("stream", false).unwrap_err()), ("invalid_value", "stream".into()));
+    assert_eq!(param(fields.integer("seed", 0..=9).unwrap_err()), ("invalid_value", "seed".into()));
+    assert_eq!(param(fields.number("top_p", 0.0..=1.0).unwrap_err()), ("invalid_value", "top_p".into()));
+    let mut fields = fields;
+    assert_eq!(param(fields.text("model").unwrap_err()), ("invalid_value", "model".into()));
+}
+
+#[test]
+fn null_and_absent_are_the_same_and_unknown_fields_are_ignored() {
+    let fields = fields(r#"{"temperature": null, "prompt": null, "stop": null, "user": "me", "x": {"deep": [1, {}]}}"#);
+    assert_eq!(fields.number("temperature", 0.0..=2.0).unwrap(), None);
+    assert_eq!(fields.prompt.value("prompt").unwrap(), None);
+    assert_eq!(fields.stop.value("stop").unwrap(), None);
+    assert_eq!(fields.logit_bias.value("logit_bias").unwrap(), None);
+}
+
+#[test]
+fn what_is_known_and_unsupported_is_refused_unless_it_changes_nothing() {
+    let harmless = r#"{"n": 1, "best_of": 1, "echo": false, "logprobs": null, "min_p": 0, "repetition_penalty": 1.0,
+        "stop_token_ids": [], "suffix": null, "use_beam_search": false}"#;
+    fields(harmless).refuse_unsupported().unwrap();
+    for (body, name) in [
+        (r#"{"n": 2}"#, "n"),
+        (r#"{"best_of": 4}"#, "best_of"),
+        (r#"{"logprobs": 0}"#, "logprobs"),
+        (r#"{"echo": true}"#, "echo"),
+        (r#"{"suffix": ""}"#, "suffix"),
+        (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
+        (r#"{"stop_token_ids": [1]}"#, "stop_token_ids"),
+        (r#"{"priority": "high"}"#, "priority"),
+    ] {
+        let failure = fields(body).refuse_unsupported().unwrap_err();
+        assert_eq!(param(failure), ("unsupported_parameter", name.into()), "{body}");
+    }
+    assert_eq!(param(fields(r#"{"n": "two"}"#).refuse_unsupported().unwrap_err()).0, "invalid_value");
+}
+
+#[test]
+fn prompts_are_one_text_or_one_list_of_tokens() {
+    let prompt = |json: &str| fields(&format!("{{\"prompt\": {json}}}")).prompt.value("prompt");
+    assert_eq!(prompt(r#""hi""#).unwrap(), Some(Prompt::Text("hi".into())));
+    assert_eq!(prompt(r#"["hi"]"#).unwrap(), Some(Prompt::Text("hi".into())));
+    assert_eq!(prompt("[1, 2]").unwrap(), Some(Prompt::Tokens(vec![1, 2])));
+    assert_eq!(prompt("[[1, 2]]").unwrap(), Some(Prompt::Tokens(vec![1, 2])));
+    assert_eq!(prompt(r#"["a", "b"]"#).unwrap(), Some(Prompt::Several));
+    assert_eq!(prompt("[[1], [2]]").unwrap(), Some(Prompt::Several));
+    for wrong in
+        ["[]", "[-1]", "[1, -1]", "[1.5]", "[1, \"a\"]", "[[1, {}]]", "[null]", "[{\"a\": 1}]", "7", "true", "{}"]
+    {
+        assert_eq!(param(prompt(wrong).unwrap_err()), ("invalid_value", "prompt".into()), "{wrong}");
+    }
+    assert_eq!(prompt("[4294967295]").unwrap(), Some(Prompt::Tokens(vec![u32::MAX])));
+    assert!(prompt("[4294967296]").is_err());
+}
+
+#[test]
+fn vectors_are_finite_numbers() {
+    let input = |json: &str| fields(&format!("{{\"input\": {json}}}")).input.value("input");
+    assert_eq!(input("[1, -2.5, 1e-3]").unwrap(), Some(Vector(vec![1.0, -2.5, 1e-3])));
+    assert_eq!(input("[]").unwrap(), Some(Vector(vec![])));
+    for wrong in ["[1e39]", "[null]", "[\"1\"]", "\"x\"", "{}", "[1, [2]]"] {
+        assert_eq!(param(input(wrong).unwrap_err()), ("invalid_value", "input".into()), "{wrong}");
+    }
+    assert_eq!(Fields::parse(br#"{"input": [1e999]}"#).unwrap_err().body.code, "invalid_json");
+}
+
+#[test]
+fn stops_and_biases_keep_their_limits() {
+    let stop = |json: &str| fields(&format!("{{\"stop\": {json}}}")).stop.value("stop");
+    assert_eq!(stop(r#""end""#).unwrap(), Some(Stops(vec!["end".into()])));
+    assert_eq!(stop(r#"["a", "b"]"#).unwrap(), Some(Stops(vec!["a".into(), "b".into()])));
+    assert_eq!(stop(r#""""#).unwrap(), Some(Stops(vec![])));
+    let many = format!("[{}]", vec!["\"x\""; 17].join(","));
+    let long = format!("\"{}\"", "x".repeat(1025));
+    for wrong in [many.as_str(), long.as_str(), "[\"\"]", "[1]", "5"] {
+        assert_eq!(param(stop(wrong).unwrap_err()), ("invalid_value", "stop".into()));
+    }
+    let bias = |json: &str| fields(&format!("{{\"logit_bias\": {json}}}")).logit_bias.value("logit_bias");
+    assert_eq!(bias(r#"{"7": -100, "3": 0.5}"#).unwrap(), Some(Bias(vec![(3, 0.5), (7, -100.0)])));
+    for wrong in [r#"{"x": 1}"#, r#"{"1": 101}"#, r#"{"1": null}"#, r#"{"1": 1, "01": 2}"#, "[1]", r#"{"-1": 1}"#] {
+        assert_eq!(param(bias(wrong).unwrap_err()), ("invalid_value", "logit_bias".into()), "{wrong}");
+    }
+}
+
+#[test]
+fn what_is_no_object_and_what_is_there_twice_is_no_json_of_ours() {
+    let deep = format!("{{\"x\": {}1{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    for body in
+        ["", "{", "[]", "\"x\"", "null", r#"{"stream": true, "stream": false}"#, r#"{"prompt": 1, "prompt": 2}"#, &deep]
+    {
+        assert_eq!(Fields::parse(body.as_bytes()).unwrap_err().body.code, "invalid_json");
+    }
+    assert_eq!(Fields::parse(b"{\"prompt\": \"\xff\"}").unwrap_err().body.code, "invalid_json");
+}

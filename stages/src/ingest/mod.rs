@@ -1,0 +1,220 @@
+//! The ingest stage: requests come in over HTTP and leave as valid items; answers go back to whoever waits.
+//!
+//! The stage owns the public listener and looks after the tasks of this gateway: it takes up what a crash left open, fails
+//! what stands still, buries what its clients left, and drains before it ends.
+//!
+//! | part | module |
+//! | --- | --- |
+//! | living tasks, their ends, and who waits for them | [`board`], [`reply`] |
+//! | admission: valid, room reserved, on the board, durable, handed on | [`gateway`] |
+//! | what a body may say, and what it comes to | [`fields`], [`ask`] |
+//! | connections, bodies, rates, keys | [`server`], [`body`], [`rate`], [`settings`] |
+//! | routes and what they answer | [`routes`], [`inference`], [`completions`], [`stream`], [`records`], [`health`] |
+//! | failures and their statuses | [`errors`] |
+//!
+//! Invariants: nothing leaves this stage that is not a valid request; an acknowledged request is in the journal; no HTTP
+//! type leaves this folder.
+//!
+//! It refuses to know plans, nodes' links and votes.
+
+mod ask;
+mod board;
+mod body;
+mod completions;
+mod errors;
+mod fields;
+#[cfg(test)]
+mod fixture;
+mod gateway;
+mod health;
+mod inference;
+mod rate;
+mod records;
+mod render;
+mod reply;
+mod routes;
+mod server;
+mod settings;
+mod stream;
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use butterfly_engine::channel::Sender;
+use butterfly_engine::stage::{Stage, StageContext, StageError};
+use butterfly_topology::StageConfig;
+use butterfly_verify::Request;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+use tokio::net::TcpListener;
+
+pub use board::{Board, CancellationReceiver, Completed, NewTask, Status, TaskResult};
+pub use errors::{Failure, FailureBody};
+pub use reply::{Reply, ReplyReceiver, ReplySender, reply};
+
+use crate::assign::readiness;
+use crate::commit::{Open, Outcome, Settled, TaskKind};
+use crate::error::{ApiError, TaskError};
+use crate::items;
+use crate::services::Services;
+use gateway::Gateway;
+use routes::{Front, router};
+use server::Server;
+use settings::Settings;
+
+/// How often tasks that stand still are looked for.
+const SWEEP_EVERY: Duration = Duration::from_millis(250);
+/// Rest before room for a request that is taken up again is asked for once more.
+const RESUBMIT_PAUSE: Duration = Duration::from_millis(50);
+
+/// The stage.
+pub struct IngestStage {
+    settings: Result<Settings, StageError>,
+    output: Sender<items::Request>,
+    services: Services,
+}
+
+impl IngestStage {
+    /// The stage with the keys of its table, sending valid requests into `output`. A table that cannot work fails the stage
+    /// when it starts.
+    #[must_use]
+    pub fn new(config: &StageConfig, output: Sender<items::Request>, services: Services) -> Self {
+        Self { settings: Settings::new(config, &services.base_dir), output, services }
+    }
+}
+
+impl Stage for IngestStage {
+    fn run(self: Box<Self>, context: StageContext) -> BoxFuture<'static, Result<(), StageError>> {
+        self.run_inner(context).boxed()
+    }
+}
+
+impl IngestStage {
+    async fn run_inner(self: Box<Self>, context: StageContext) -> Result<(), StageError> {
+        let Self { settings, output, services } = *self;
+        let settings = settings?;
+        let (request_timeout, connections_max) = (settings.request_timeout, settings.connections_max);
+        let board = Arc::clone(&services.board);
+        context.telemetry.metrics().declare_model(&services.model.manifest().name, &TaskKind::LABELS);
+        // Tasks that a crash left open keep their ids, so they are on the board before anyone can ask for one.
+        let left_open = recover(&services).await?;
+        let listener = TcpListener::bind(settings.bind_address).await;
+        let listener = listener.and_then(|listener| Ok((listener.local_addr()?, listener)));
+        let doing = format!("listen on {}", settings.bind_address);
+        let (address, listener) = listener.map_err(|error| StageError::environment(doing, error))?;
+        let gateway = Gateway::new(services, output, context.readiness.clone(), context.shutdown.clone());
+        let front = Arc::new(Front::new(gateway, settings));
+        let mut server = Server::new(listener, router(Arc::clone(&front)), connections_max, Arc::clone(&context.clock));
+        let hold = context.shutdown.hold("requests in flight");
+        board.listening(address);
+        tracing::info!(%address, "the gateway takes requests");
+        context.ready();
+
+        let over = async {
+            context.shutdown.draining().await;
+            tokio::select! {
+                () = board.drained() => {}
+                () = context.shutdown.completing() => {}
+            }
+        };
+        tokio::select! {
+            () = over => {}
+            () = server.accept() => {}
+            () = sweep(&front.gateway, request_timeout) => {}
+            () = bury(&board) => {}
+            () = resubmit(&front.gateway, left_open) => {}
+        }
+        tokio::select! {
+            () = server.finish() => {}
+            () = context.shutdown.completing() => {}
+        }
+        drop(hold);
+        Ok(())
+    }
+}
+
+/// Puts every open request of the log on the board, and fails those that cannot be answered any more.
+async fn recover(services: &Services) -> Result<Vec<Arc<Request>>, StageError> {
+    let journal = Arc::clone(&services.journal);
+    let read = tokio::task::spawn_blocking(move || journal.open_requests()).await;
+    let unreadable = |error: &dyn std::fmt::Display| StageError::environment("read the log", error.to_string());
+    let open = read.map_err(|error| unreadable(&error))?.map_err(|error| unreadable(&error))?;
+    let (mut left_open, mut over) = (Vec::new(), Vec::new());
+    for entry in open {
+        match take_up(services, &entry) {
+            Ok(request) => left_open.push(request),
+            Err(error) => {
+                let error = Failure::from(&error).to_json();
+                over.push(Settled { rd: entry.accepted.rd, outcome: Outcome::Failed { error } });
+            }
+        }
+    }
+    if !left_open.is_empty() || !over.is_empty() {
+        tracing::info!(resumed = left_open.len(), failed = over.len(), "requests that were open are taken up again");
+    }
+    let written = services.journal.settle(over).await;
+    let restarted = services.journal.restart(left_open.iter().map(|request| request.digest()).collect());
+    written.map(drop).and(restarted.await).map_err(|error| StageError::environment("write the log", error))?;
+    Ok(left_open)
+}
+
+/// Puts one open request on the board.
+fn take_up(services: &Services, entry: &Open) -> Result<Arc<Request>, TaskError> {
+    let Open { accepted, starts } = entry;
+    let gone = |why: &str| TaskError::from(ApiError::ServiceUnavailable(format!("the node was restarted {why}")));
+    let request = Request::decode(&accepted.request)
+        .map_err(|error| TaskError::Internal(format!("the log has no valid request: {error}")))?;
+    if request.model != services.model.manifest().name || services.epoch.admits(&request).is_err() {
+        return Err(gone("with another model"));
+    }
+    if services.clock.unix_ms() >= request.expires_ms {
+        let life_ms = request.expires_ms.saturating_sub(request.now_ms);
+        return Err(TaskError::DeadlineExceeded(Duration::from_millis(life_ms)));
+    }
+    let request = Arc::new(request);
+    let task = NewTask {
+        task_id: accepted.task_id.clone(),
+        kind: accepted.kind,
+        request: Arc::clone(&request),
+        attempt: starts.saturating_add(1),
+        sink: None,
+    };
+    services.board.open(task)?;
+    Ok(request)
+}
+
+/// Hands requests on that a crash left open, once enough nodes are there to answer them. Then does nothing for ever.
+async fn resubmit(gateway: &Gateway, left_open: Vec<Arc<Request>>) {
+    let services = &gateway.services;
+    if !left_open.is_empty() {
+        let mut peers = services.peers.clone();
+        let max_byzantine = services.topology.cluster.max_byzantine;
+        // The watch ends only with the node.
+        let _ = peers.wait_for(|peers| readiness(&services.plan, peers, &services.node, max_byzantine).is_ok()).await;
+        gateway.readiness.ready().await;
+    }
+    for request in &left_open {
+        if !gateway.resubmit(request, RESUBMIT_PAUSE).await {
+            break;
+        }
+    }
+    std::future::pending().await
+}
+
+/// Fails tasks that are out of time.
+async fn sweep(gateway: &Gateway, request_timeout: Duration) {
+    let board = &gateway.services.board;
+    loop {
+        gateway.services.clock.sleep(SWEEP_EVERY).await;
+        for (rd, had) in board.stalled(request_timeout) {
+            board.fail(&rd, TaskError::DeadlineExceeded(had)).await;
+        }
+    }
+}
+
+/// Writes the ends of tasks whose clients have gone away.
+async fn bury(board: &Board) {
+    loop {
+        board.bury().await;
+    }
+}

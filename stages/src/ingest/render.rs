@@ -1,0 +1,244 @@
+//! JSON of answers: what a client is given besides failures.
+//!
+//! Invariants: whatever says that an answer is verified comes from its receipt.
+//!
+//! It refuses to know where answers come from.
+
+use butterfly_verify::{Answer, Epoch, Finish, Mode, Receipt, Request};
+use serde::Serialize;
+
+/// What backs an answer: the `butterfly` object of a response.
+#[derive(Debug, Serialize)]
+pub struct Proof {
+    /// The name of the receipt, which is the request's digest.
+    pub receipt_id: String,
+    /// What the receipt shows.
+    pub verification: Verification,
+    /// For each slice, the nodes whose votes are in the receipt.
+    pub replicas: Vec<Voters>,
+}
+
+/// What a receipt shows.
+#[derive(Debug, Serialize)]
+pub struct Verification {
+    /// How many votes the request asked for.
+    pub mode: Mode,
+    /// `certified`, or `unverified` when one node's word is all there is.
+    pub status: &'static str,
+    /// Digest of the epoch whose keys signed.
+    pub epoch: String,
+    /// How many nodes of a slice may lie without the answer being wrong.
+    pub max_byzantine: u16,
+}
+
+/// The nodes that voted for what a slice gave.
+#[derive(Debug, Serialize)]
+pub struct Voters {
+    /// The slice.
+    pub slice: usize,
+    /// Ids of the nodes.
+    pub nodes: Vec<String>,
+}
+
+impl Proof {
+    /// Of a receipt of this epoch.
+    #[must_use]
+    pub fn new(receipt: &Receipt, epoch: &Epoch) -> Self {
+        let is_verified = receipt.mode != Mode::None && epoch.parts().max_byzantine > 0;
+        let voters = |(slice, certificate): (usize, &butterfly_verify::SliceCertificate)| Voters {
+            slice,
+            nodes: certificate
+                .votes
+                .iter()
+                .filter_map(|vote| epoch.member(vote.signer).map(|member| member.id.clone()))
+                .collect(),
+        };
+        Self {
+            receipt_id: receipt.rd.to_string(),
+            verification: Verification {
+                mode: receipt.mode,
+                status: if is_verified { "certified" } else { "unverified" },
+                epoch: receipt.epoch.to_string(),
+                max_byzantine: if is_verified { epoch.parts().max_byzantine } else { 0 },
+            },
+            replicas: receipt.slices.iter().enumerate().map(voters).collect(),
+        }
+    }
+}
+
+/// Tokens counted.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct Usage {
+    prompt_tokens: usize,
+    completion_tokens: usize,
+    total_tokens: usize,
+}
+
+impl Usage {
+    /// Of an answer with text; none of another.
+    #[must_use]
+    pub fn of(answer: &Answer) -> Option<Self> {
+        match answer {
+            Answer::Text { tokens, prompt_tokens, .. } => {
+                let prompt_tokens = usize::try_from(*prompt_tokens).unwrap_or(usize::MAX);
+                let completion_tokens = tokens.len();
+                let total_tokens = prompt_tokens.saturating_add(completion_tokens);
+                Some(Self { prompt_tokens, completion_tokens, total_tokens })
+            }
+            Answer::Vector { .. } | Answer::Numeric { .. } => None,
+        }
+    }
+}
+
+/// Why an answer ended, as clients know it.
+#[must_use]
+pub fn finish_reason(finish: Finish) -> &'static str {
+    match finish {
+        Finish::Stop => "stop",
+        Finish::Length => "length",
+    }
+}
+
+/// A whole completion, or one chunk of a streamed one.
+#[derive(Debug, Serialize)]
+pub struct Completion<'a> {
+    /// `cmpl-` and the request's digest.
+    pub id: &'a str,
+    /// `text_completion`.
+    pub object: &'static str,
+    /// When it was asked for, in seconds since 1970.
+    pub created: u64,
+    /// The model.
+    pub model: &'a str,
+    /// One choice, or none in the chunk that counts tokens.
+    pub choices: Vec<Choice<'a>>,
+    /// Tokens counted; `null` in chunks of a stream that will count them at the end.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Option<Usage>>,
+    /// What backs the answer, once it is there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub butterfly: Option<&'a Proof>,
+}
+
+/// A choice, or a piece of one.
+#[derive(Debug, Serialize)]
+pub struct Choice<'a> {
+    /// Always the only one.
+    pub index: u32,
+    /// The text, or the next piece of it.
+    pub text: &'a str,
+    /// Not covered by votes, so never given.
+    pub logprobs: Option<()>,
+    /// Why it ended, once it has.
+    pub finish_reason: Option<&'static str>,
+    /// The prompt's tokens, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prompt_token_ids: Option<&'a [u32]>,
+    /// The generated tokens, or the next of them, if asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<&'a [u32]>,
+}
+
+impl<'a> Completion<'a> {
+    /// A completion with one choice.
+    #[must_use]
+    pub fn new(id: &'a str, request: &'a Request, choice: Choice<'a>) -> Self {
+        Self {
+            id,
+            object: "text_completion",
+            created: request.now_ms / 1000,
+            model: &request.model,
+            choices: vec![choice],
+            usage: None,
+            butterfly: None,
+        }
+    }
+}
+
+impl<'a> Choice<'a> {
+    /// A piece of text.
+    #[must_use]
+    pub fn piece(text: &'a str) -> Self {
+        Self { index: 0, text, logprobs: None, finish_reason: None, prompt_token_ids: None, token_ids: None }
+    }
+}
+
+/// A task, as `/inference` shows it.
+#[derive(Debug, Serialize)]
+pub struct Task<'a> {
+    /// The client's name for it.
+    pub task_id: &'a str,
+    /// `queued`, `running`, `completed` or `failed`.
+    pub status: &'static str,
+    /// The model.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub model: Option<&'a str>,
+    /// Tokens released so far, while it runs.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub tokens: Option<usize>,
+    /// The vector.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub output: Option<&'a [f32]>,
+    /// The text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub text: Option<String>,
+    /// Why the text ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub finish_reason: Option<&'static str>,
+    /// The generated tokens, if asked for or where there is no text.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub token_ids: Option<&'a [u32]>,
+    /// Tokens counted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub usage: Option<Usage>,
+    /// The name of the receipt.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub receipt_id: Option<String>,
+    /// What backs the answer.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub butterfly: Option<Proof>,
+    /// Why it failed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub error: Option<serde_json::Value>,
+}
+
+impl<'a> Task<'a> {
+    /// A task without an answer.
+    #[must_use]
+    pub fn new(task_id: &'a str, status: &'static str) -> Self {
+        Self {
+            task_id,
+            status,
+            model: None,
+            tokens: None,
+            output: None,
+            text: None,
+            finish_reason: None,
+            token_ids: None,
+            usage: None,
+            receipt_id: None,
+            butterfly: None,
+            error: None,
+        }
+    }
+
+    /// A task with its answer. One that came to no number has none.
+    #[must_use]
+    pub fn answered(task_id: &'a str, model: &'a str, answer: &'a Answer, proof: Proof) -> Self {
+        let mut task = Self::new(task_id, "completed");
+        task.model = Some(model);
+        task.usage = Usage::of(answer);
+        task.receipt_id = Some(proof.receipt_id.clone());
+        task.butterfly = Some(proof);
+        match answer {
+            Answer::Text { tokens, text, finish, .. } => {
+                task.text = Some(String::from_utf8_lossy(text).into_owned());
+                task.finish_reason = Some(finish_reason(*finish));
+                task.token_ids = Some(tokens);
+            }
+            Answer::Vector { values } => task.output = Some(values),
+            Answer::Numeric { .. } => {}
+        }
+        task
+    }
+}

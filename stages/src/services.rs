@@ -1,0 +1,109 @@
+//! What the stages of one node share, given to them at construction.
+//!
+//! Stages reach each other only through the graph; these are the things that are not items: who the node is, the model,
+//! the epoch, the board of living tasks and the journal. Nothing here runs by itself.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+
+use butterfly_engine::clock::Clock;
+use butterfly_engine::telemetry::Telemetry;
+use butterfly_engine::transport::PeerState;
+use butterfly_topology::plan::Plan;
+use butterfly_topology::{NodeId, Topology};
+use butterfly_verify::{Epoch, NodeIndex, Signer};
+
+use tokio::sync::watch;
+
+use crate::commit::Journal;
+use crate::ingest::Board;
+use crate::model::Model;
+
+/// The shared things of one node.
+#[derive(Clone)]
+pub struct Services {
+    /// This node.
+    pub node: NodeId,
+    /// Its place in the roster.
+    pub index: NodeIndex,
+    /// The checked topology.
+    pub topology: Arc<Topology>,
+    /// The epoch every peer must agree on.
+    pub epoch: Arc<Epoch>,
+    /// The epoch's plan.
+    pub plan: Arc<Plan>,
+    /// The model, opened but not loaded.
+    pub model: Arc<Model>,
+    /// Signs votes and requests with the node's identity key.
+    pub signer: Arc<Signer>,
+    /// Living tasks of this gateway.
+    pub board: Arc<Board>,
+    /// The durable log.
+    pub journal: Arc<Journal>,
+    /// Metrics and events.
+    pub telemetry: Arc<Telemetry>,
+    /// Time.
+    pub clock: Arc<dyn Clock>,
+    /// Which peers are up.
+    pub peers: watch::Receiver<BTreeMap<NodeId, PeerState>>,
+    /// What is known against nodes.
+    pub standing: Arc<Standing>,
+    /// Where relative paths of the topology file begin.
+    pub base_dir: PathBuf,
+    /// How this node lies.
+    #[cfg(feature = "adversary")]
+    pub behaviour: Option<crate::adversary::Behaviour>,
+}
+
+impl Services {
+    /// The node at a place of the roster.
+    #[must_use]
+    pub fn node_id(&self, index: NodeIndex) -> Option<NodeId> {
+        self.epoch.member(index).and_then(|member| member.id.parse().ok())
+    }
+}
+
+/// What this node holds against others: shown in `/health`, never a change of the roster.
+#[derive(Debug, Default)]
+pub struct Standing {
+    nodes: Mutex<BTreeMap<NodeIndex, Conduct>>,
+}
+
+/// The record of one node.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Conduct {
+    /// Votes that agreed with a certificate.
+    pub agreed: u64,
+    /// Pieces of evidence, by kind.
+    pub accused: BTreeMap<String, u64>,
+    /// Requests for which no vote came in time: unavailability, never called lying.
+    pub silent: u64,
+}
+
+impl Standing {
+    fn with(&self, node: NodeIndex, change: impl FnOnce(&mut Conduct)) {
+        let mut nodes = self.nodes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        change(nodes.entry(node).or_default());
+    }
+
+    /// Counts a vote that agreed.
+    pub fn agreed(&self, node: NodeIndex) {
+        self.with(node, |conduct| conduct.agreed += 1);
+    }
+
+    /// Counts evidence of a kind.
+    pub fn accused(&self, node: NodeIndex, kind: &str) {
+        self.with(node, |conduct| *conduct.accused.entry(kind.to_owned()).or_default() += 1);
+    }
+
+    /// Counts a vote that did not come.
+    pub fn silent(&self, node: NodeIndex) {
+        self.with(node, |conduct| conduct.silent += 1);
+    }
+
+    /// The record so far.
+    pub fn conduct(&self) -> BTreeMap<NodeIndex, Conduct> {
+        self.nodes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
+    }
+}

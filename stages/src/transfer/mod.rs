@@ -1,0 +1,270 @@
+//! The transfer stage: requests and boundary values between the nodes that hold slices.
+//!
+//! A gateway's assigned requests go, signed in batches, to every replica of every slice; boundary values go to every replica
+//! of the slice that takes them; what comes from peers is checked and becomes a step of the own compute stage. A node that is
+//! itself a replica hears itself through the same path as everybody else.
+//!
+//! Nothing here waits for a peer. A peer whose credits are used up loses the frame and with it its vote on that request; f+1
+//! of the others decide without it, so one stalled node cannot hold up the rest. An honest node's inbox takes all that
+//! permits allow to be in flight, so only a stalled one is shed.
+
+pub mod wire;
+
+use std::collections::BTreeSet;
+
+use butterfly_engine::channel::{Item, Receiver, Sender};
+use butterfly_engine::frame::Frame;
+use butterfly_engine::stage::{Stage, StageContext, StageError};
+use butterfly_engine::transport::{Delivery, PeerPort, PeerSender};
+use butterfly_topology::NodeId;
+use butterfly_verify::PrePrepare;
+use futures::FutureExt;
+use futures::future::BoxFuture;
+
+use crate::error::{ButterflyError, CoordinationError};
+use crate::ingest::CancellationReceiver;
+use crate::items::{Assigned, Boundary, RequestId, Step};
+use crate::services::Services;
+use crate::transfer::wire::Message;
+
+#[cfg(feature = "adversary")]
+use crate::adversary::Behaviour;
+
+/// Requests signed together.
+const REQUESTS_AT_ONCE_MAX: usize = 256;
+/// Boundary values taken from the edge together.
+const BOUNDARIES_AT_ONCE_MAX: usize = 64;
+/// What one control message weighs, about, when there is more to send.
+const MESSAGE_BYTES: usize = 1 << 20;
+/// How far a gateway's clock may be from ours, in milliseconds.
+const SKEW_MS: u64 = 60_000;
+/// Longest life of a request, in milliseconds.
+pub const LIFE_MS_MAX: u64 = 600_000;
+
+/// The stage.
+pub struct TransferStage {
+    /// Requests that may run, in.
+    pub assigned: Receiver<Assigned>,
+    /// Boundary values of the own slices, in.
+    pub boundary: Receiver<Boundary>,
+    /// What compute is asked to do, out.
+    pub steps: Sender<Step>,
+    /// How this node lies.
+    #[cfg(feature = "adversary")]
+    pub behaviour: Option<Behaviour>,
+    /// The node's shared things.
+    pub services: Services,
+}
+
+impl Stage for TransferStage {
+    fn run(self: Box<Self>, context: StageContext) -> BoxFuture<'static, Result<(), StageError>> {
+        self.run_inner(context).boxed()
+    }
+}
+
+impl TransferStage {
+    async fn run_inner(mut self: Box<Self>, mut context: StageContext) -> Result<(), StageError> {
+        let mut port: PeerPort =
+            context.peers.take().ok_or(StageError::Bug { invariant: "the transfer stage is networked" })?;
+        let peers = port.sender();
+        let mut cancellations = self.services.board.take_cancellations();
+        let (mut assigned_open, mut boundary_open) = (true, true);
+        context.ready();
+        loop {
+            tokio::select! {
+                batch = self.assigned.recv_many(REQUESTS_AT_ONCE_MAX), if assigned_open => {
+                    assigned_open = !batch.is_empty();
+                    for batch in by_bytes(batch, Item::size_bytes) {
+                        self.start(&peers, batch).await;
+                    }
+                }
+                batch = self.boundary.recv_many(BOUNDARIES_AT_ONCE_MAX), if boundary_open => {
+                    boundary_open = !batch.is_empty();
+                    self.hand_on(&peers, &batch);
+                }
+                delivery = port.recv() => match delivery {
+                    Some(Delivery::Frame { from, frame }) => {
+                        if !self.deliver(&context, from, &frame).await {
+                            break;
+                        }
+                    }
+                    Some(Delivery::Up(_) | Delivery::Down(_)) => {}
+                    None => break,
+                },
+                rd = next_cancellation(&mut cancellations) => self.cancel(&peers, rd),
+                () = context.shutdown.completing() => break,
+            }
+        }
+        Ok(())
+    }
+
+    /// Signs assigned requests and sends them to everybody who holds a slice.
+    async fn start(&self, peers: &PeerSender, batch: Vec<Assigned>) {
+        if batch.is_empty() {
+            return;
+        }
+        let pre_prepares = batch
+            .iter()
+            .map(|assigned| PrePrepare { request: assigned.request.body.clone(), attempt: assigned.attempt })
+            .collect();
+        let signed = self.services.signer.sign_pre_prepares(pre_prepares).map_err(|error| error.to_string());
+        let frame = match signed.and_then(|signed| wire::requests(&signed).map_err(|error| error.to_string())) {
+            Ok(frame) => frame,
+            Err(error) => {
+                for assigned in &batch {
+                    let error = ButterflyError::Internal(format!("a request could not be sent: {error}"));
+                    self.services.board.fail(&assigned.request.rd, error).await;
+                }
+                return;
+            }
+        };
+        let reached: BTreeSet<&NodeId> =
+            self.replicas().into_iter().filter(|node| peers.try_send(node, frame.clone()).is_ok()).collect();
+        let needed = self.services.topology.cluster.max_byzantine + 1;
+        let short = self
+            .services
+            .plan
+            .slices
+            .iter()
+            .position(|slice| slice.replicas.iter().filter(|node| reached.contains(node)).count() < needed);
+        if let Some(slice) = short {
+            for assigned in &batch {
+                let error = CoordinationError::InsufficientNodes { slice };
+                self.services.board.fail(&assigned.request.rd, error.into()).await;
+            }
+        }
+    }
+
+    fn replicas(&self) -> BTreeSet<&NodeId> {
+        self.services.plan.slices.iter().flat_map(|slice| &slice.replicas).collect()
+    }
+
+    /// Sends boundary values to the replicas of the slice that takes them.
+    fn hand_on(&self, peers: &PeerSender, batch: &[Boundary]) {
+        #[cfg(feature = "adversary")]
+        if self.behaviour == Some(Behaviour::Silent) {
+            return;
+        }
+        for boundary in batch {
+            let Some(slice) = self.services.plan.slices.get(usize::from(boundary.slice)) else { continue };
+            let frame = match wire::boundary(boundary) {
+                Ok(frame) => frame,
+                Err(error) => {
+                    tracing::error!(rd = %boundary.rd, %error, "boundary values do not fit a frame");
+                    continue;
+                }
+            };
+            for node in &slice.replicas {
+                if let Err(error) = peers.try_send(node, frame.clone()) {
+                    tracing::debug!(%node, %error, "boundary values were shed");
+                }
+            }
+        }
+    }
+
+    fn cancel(&self, peers: &PeerSender, rd: RequestId) {
+        let Ok(frame) = wire::cancels(&[rd]) else { return };
+        for node in self.replicas() {
+            // A replica that misses a cancel drops the request when it expires.
+            let _ = peers.try_send(node, frame.clone());
+        }
+    }
+
+    /// Takes a frame from a peer. Returns false when compute is gone.
+    async fn deliver(&self, context: &StageContext, from: NodeId, frame: &Frame) -> bool {
+        let steps = match wire::read(frame) {
+            Ok(Message::Requests(batch)) => self.opened(context, &from, &batch),
+            Ok(Message::Cancels(requests)) => {
+                requests.into_iter().map(|rd| Step::Cancel { rd, gateway: from.clone() }).collect()
+            }
+            Ok(Message::Boundary(boundary)) => vec![Step::Values { from, boundary }],
+            Err(error) => {
+                tracing::warn!(%from, %error, "a peer sent what is no message");
+                Vec::new()
+            }
+        };
+        for step in steps {
+            if self.steps.send(step).await.is_err() {
+                return false;
+            }
+        }
+        true
+    }
+
+    /// Opens a signed batch of requests from a gateway.
+    fn opened(&self, context: &StageContext, from: &NodeId, batch: &[u8]) -> Vec<Step> {
+        let _verifying = context.states.verifying();
+        if !self.is_gateway(from) {
+            tracing::warn!(%from, "a node that runs no ingest stage sent requests");
+            return Vec::new();
+        }
+        let Some(sender) = self.services.epoch.index_of(from.as_ref()) else { return Vec::new() };
+        let opened = match self.services.epoch.open_pre_prepares(batch, sender) {
+            Ok(opened) => opened,
+            Err(error) => {
+                tracing::warn!(%from, %error, "a batch of requests does not hold");
+                return Vec::new();
+            }
+        };
+        let now_ms = context.clock.unix_ms();
+        opened
+            .into_iter()
+            .filter(|pre_prepare| {
+                let expires_ms = pre_prepare.request.expires_ms;
+                expires_ms.saturating_add(SKEW_MS) > now_ms && expires_ms <= now_ms + LIFE_MS_MAX + SKEW_MS
+            })
+            .map(|pre_prepare| Step::Open {
+                rd: pre_prepare.request.digest(),
+                body: pre_prepare.request,
+                attempt: pre_prepare.attempt,
+                gateway: from.clone(),
+            })
+            .collect()
+    }
+
+    fn is_gateway(&self, node: &NodeId) -> bool {
+        let stages = &self.services.topology.graph.stages;
+        stages.iter().any(|stage| stage.kind == "ingest" && stage.on.as_ref().is_none_or(|on| on.contains(node)))
+    }
+}
+
+/// Cuts a batch so that no part weighs more than one message should, unless it is a single item.
+pub(crate) fn by_bytes<T>(items: Vec<T>, bytes_of: impl Fn(&T) -> usize) -> Vec<Vec<T>> {
+    let mut parts: Vec<Vec<T>> = Vec::new();
+    let mut bytes = MESSAGE_BYTES;
+    for item in items {
+        let weight = bytes_of(&item);
+        match parts.last_mut().filter(|_| bytes + weight <= MESSAGE_BYTES) {
+            Some(part) => part.push(item),
+            None => {
+                bytes = 0;
+                parts.push(vec![item]);
+            }
+        }
+        bytes += weight;
+    }
+    parts
+}
+
+async fn next_cancellation(cancellations: &mut Option<CancellationReceiver>) -> RequestId {
+    match cancellations {
+        Some(receiver) => match receiver.recv().await {
+            Some(rd) => rd,
+            None => std::future::pending().await,
+        },
+        None => std::future::pending().await,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn batches_are_cut_by_weight_and_keep_their_order() {
+        let half = MESSAGE_BYTES / 2;
+        let parts = by_bytes(vec![half, half, 1, 3 * MESSAGE_BYTES, 2, half], |weight| *weight);
+        assert_eq!(parts, vec![vec![half, half], vec![1], vec![3 * MESSAGE_BYTES], vec![2, half]]);
+        assert!(by_bytes(Vec::<usize>::new(), |weight| *weight).is_empty());
+    }
+}
