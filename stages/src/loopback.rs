@@ -10,15 +10,16 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use butterfly_topology::catalogue::{Catalogue, KindSignature};
 use butterfly_topology::{NodeId, Topology};
 use k256::ecdsa::SigningKey;
 use k256::elliptic_curve::Generate;
 
-use crate::node::{Node, NodeError, NodeOptions};
-use crate::registry::catalogue;
+use crate::node::{Extension, Node, NodeError, NodeOptions};
+use crate::registry::SIGNATURES;
 
 /// What the cluster is like.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Loopback {
     /// `builtin:…`, or a folder.
     pub model: String,
@@ -32,6 +33,10 @@ pub struct Loopback {
     pub gateways: usize,
     /// Further keys of stages, as `(kind, "key = value")`.
     pub settings: Vec<(&'static str, String)>,
+    /// The `[[stage]]` tables, in place of the usual ones.
+    pub stages: Option<String>,
+    /// Kinds beside the seven: their signatures, and how a node makes them.
+    pub extension: Option<(Vec<KindSignature>, Extension)>,
 }
 
 impl Default for Loopback {
@@ -43,6 +48,8 @@ impl Default for Loopback {
             adversaries: BTreeMap::new(),
             gateways: 1,
             settings: Vec::new(),
+            stages: None,
+            extension: None,
         }
     }
 }
@@ -56,6 +63,7 @@ pub struct Prepared {
     /// Identity keys by node.
     pub keys: BTreeMap<NodeId, SigningKey>,
     sockets: BTreeMap<NodeId, UdpSocket>,
+    extension: Option<Extension>,
 }
 
 /// A running cluster.
@@ -102,10 +110,16 @@ impl Loopback {
             keys.insert(id.clone(), key);
             sockets.insert(id, socket);
         }
-        self.write_stages(&mut text);
-        let topology = butterfly_topology::parse(&text, "loopback.toml", &catalogue())
+        match &self.stages {
+            Some(stages) => text.push_str(stages),
+            None => self.write_stages(&mut text),
+        }
+        let mut signatures = SIGNATURES.to_vec();
+        signatures.extend(self.extension.iter().flat_map(|(signatures, _)| signatures.iter().cloned()));
+        let topology = butterfly_topology::parse(&text, "loopback.toml", &Catalogue::new(signatures))
             .map_err(|diagnostics| NodeError::Topology(diagnostics.render(false)))?;
-        Ok(Prepared { text, topology: Arc::new(topology), keys, sockets })
+        let extension = self.extension.as_ref().map(|(_, extension)| Arc::clone(extension));
+        Ok(Prepared { text, topology: Arc::new(topology), keys, sockets, extension })
     }
 
     fn write_stages(&self, text: &mut String) {
@@ -160,6 +174,7 @@ impl Prepared {
                 data_dir: data_dir.join(spec.id.as_ref()),
                 base_dir: PathBuf::new(),
                 socket: self.sockets.remove(&spec.id),
+                extension: self.extension.clone(),
             });
         }
         options

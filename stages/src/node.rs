@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use butterfly_engine::clock::{Clock, RealClock};
-use butterfly_engine::registry::BuildError;
+use butterfly_engine::registry::{BuildError, Registry};
 use butterfly_engine::running::{RunError, Running};
 use butterfly_engine::telemetry::Telemetry;
 use butterfly_engine::transport::{LinkIdentity, Mesh, NetworkError, PeerState, QuicConfig, Roster, RosterMember};
@@ -44,7 +44,12 @@ pub struct NodeOptions {
     pub base_dir: PathBuf,
     /// A socket bound already; else the node binds its `listen_address`.
     pub socket: Option<UdpSocket>,
+    /// Kinds beside the seven, for topologies that name them.
+    pub extension: Option<Extension>,
 }
+
+/// Adds kinds of stages to a node's registry. The topology must have been checked against a catalogue that has them too.
+pub type Extension = Arc<dyn Fn(Registry, &Services) -> Registry + Send + Sync>;
 
 /// A running node.
 pub struct Node {
@@ -220,7 +225,7 @@ impl Node {
     /// # Errors
     /// Everything that can be known to be wrong before the first request.
     pub async fn start(options: NodeOptions) -> Result<Self, NodeError> {
-        let NodeOptions { topology, node, identity, data_dir, base_dir, socket } = options;
+        let NodeOptions { topology, node, identity, data_dir, base_dir, socket, extension } = options;
         check(&topology, &node, &identity)?;
         let foundation = {
             let (topology, base_dir) = (Arc::clone(&topology), base_dir.clone());
@@ -256,6 +261,10 @@ impl Node {
             behaviour: behaviour(&topology, &node)?,
         };
         let registry = registry(&services, &foundation.question, &foundation.planner);
+        let registry = match extension {
+            Some(extend) => extend(registry, &services),
+            None => registry,
+        };
         let unspawned = Wiring::compile(&topology, &node, &registry, telemetry, Some(mesh.clone()), clock)
             .map_err(NodeError::Build)?;
         Ok(Self { running: unspawned.start(), services, mesh })

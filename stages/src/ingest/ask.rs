@@ -21,7 +21,7 @@ const TASK_ID_BYTES_MAX: usize = 128;
 
 /// What a client wants computed.
 #[derive(Debug)]
-pub enum AskInput {
+pub(super) enum AskInput {
     /// Text, to be tokenised.
     Text(String),
     /// Token ids.
@@ -32,7 +32,7 @@ pub enum AskInput {
 
 /// What a client asks, before tokens are counted.
 #[derive(Debug)]
-pub struct Ask {
+pub(super) struct Ask {
     /// The name of the field that `input` came from.
     pub field: &'static str,
     /// What is to be computed.
@@ -51,7 +51,7 @@ pub struct Ask {
 
 /// What a route lays down for its fields.
 #[derive(Debug, Clone, Copy)]
-pub struct Rules {
+pub(super) struct Rules {
     /// The least verification a request may ask for, which is the cluster's.
     pub mode: Mode,
     /// Temperature where none is given.
@@ -69,7 +69,7 @@ impl Ask {
     ///
     /// # Errors
     /// Names the first field that cannot be kept.
-    pub fn new(fields: &mut Fields, field: &'static str, input: AskInput, rules: Rules) -> Result<Self, Failure> {
+    pub(super) fn new(fields: &mut Fields, field: &'static str, input: AskInput, rules: Rules) -> Result<Self, Failure> {
         fields.refuse_unsupported()?;
         let temperature = fields.number("temperature", 0.0..=2.0)?.unwrap_or(rules.temperature);
         if temperature > 0.0 && temperature < TEMPERATURE_MIN {
@@ -108,7 +108,7 @@ impl Ask {
     ///
     /// # Errors
     /// When the model or the epoch does not take it.
-    pub fn resolve(
+    pub(super) fn resolve(
         self,
         client: &str,
         now_ms: u64,
@@ -160,7 +160,7 @@ impl Ask {
 ///
 /// # Errors
 /// When it is not one prompt.
-pub fn prompt(field: &'static str, prompt: Prompt) -> Result<AskInput, Failure> {
+pub(super) fn prompt(field: &'static str, prompt: Prompt) -> Result<AskInput, Failure> {
     match prompt {
         Prompt::Text(text) => Ok(AskInput::Text(text)),
         Prompt::Tokens(tokens) => Ok(AskInput::Tokens(tokens)),
@@ -175,7 +175,7 @@ pub fn prompt(field: &'static str, prompt: Prompt) -> Result<AskInput, Failure> 
 ///
 /// # Errors
 /// When it is empty, too long, or would not fit a path.
-pub fn task_id(chosen: String) -> Result<String, Failure> {
+pub(super) fn task_id(chosen: String) -> Result<String, Failure> {
     let fits = |byte: u8| byte.is_ascii_alphanumeric() || b"._:-".contains(&byte);
     if chosen.is_empty() || chosen.len() > TASK_ID_BYTES_MAX || !chosen.bytes().all(fits) {
         let message = format!("task_id must have 1 to {TASK_ID_BYTES_MAX} of the characters A-Z a-z 0-9 . _ : -");
@@ -186,7 +186,7 @@ pub fn task_id(chosen: String) -> Result<String, Failure> {
 
 /// The mode of the cluster: what its consensus stage says, else full as soon as a node may lie.
 #[must_use]
-pub fn cluster_mode(verify: Option<&str>, max_byzantine: usize) -> Mode {
+pub(super) fn cluster_mode(verify: Option<&str>, max_byzantine: usize) -> Mode {
     match verify {
         Some("none") => Mode::None,
         Some(_) => Mode::Full,

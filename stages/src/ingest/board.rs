@@ -26,7 +26,7 @@ use crate::error::{SchedulingError, TaskError};
 use crate::items::RequestId;
 
 /// Tasks that live at most. The queues of the graph are full before this is reached.
-pub const LIVING_MAX: usize = 262_144;
+pub(super) const LIVING_MAX: usize = 262_144;
 /// Cancellations that wait to be sent; one more is dropped, and replicas let the request go when it expires.
 const CANCELLATIONS_WAITING_MAX: usize = 4096;
 

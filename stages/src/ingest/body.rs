@@ -26,7 +26,7 @@ const UNIT: usize = 1 << 10;
 
 /// Reads bodies within the listener's limits.
 #[derive(Debug)]
-pub struct BodyReader {
+pub(super) struct BodyReader {
     bytes_max: usize,
     room: Arc<Semaphore>,
     clock: Arc<dyn Clock>,
@@ -34,7 +34,7 @@ pub struct BodyReader {
 
 /// A body, with its share of the budget.
 #[derive(Debug)]
-pub struct ReadBody {
+pub(super) struct ReadBody {
     /// The bytes.
     pub bytes: Vec<u8>,
     _room: Vec<OwnedSemaphorePermit>,
@@ -43,7 +43,7 @@ pub struct ReadBody {
 impl BodyReader {
     /// Bodies of at most `bytes_max` bytes.
     #[must_use]
-    pub fn new(bytes_max: usize, clock: Arc<dyn Clock>) -> Self {
+    pub(super) fn new(bytes_max: usize, clock: Arc<dyn Clock>) -> Self {
         let units = BODIES_BYTES.max(bytes_max).div_ceil(UNIT) + 1;
         Self { bytes_max, room: Arc::new(Semaphore::new(units)), clock }
     }
@@ -52,7 +52,7 @@ impl BodyReader {
     ///
     /// # Errors
     /// When it is too large, too slow, ends early, or when other bodies take all the room.
-    pub async fn read(&self, mut body: Body) -> Result<ReadBody, Failure> {
+    pub(super) async fn read(&self, mut body: Body) -> Result<ReadBody, Failure> {
         let announced = body.size_hint().lower();
         if usize::try_from(announced).map_or(true, |announced| announced > self.bytes_max) {
             return Err(Failure::request_too_large(self.bytes_max));

@@ -68,8 +68,8 @@ enum Retry {
 enum Extra {
     /// The challenge of a 401.
     Authenticate,
-    /// The methods a route has.
-    Allow(HeaderValue),
+    /// The methods a route has. Boxed, because failures are returned everywhere.
+    Allow(Box<HeaderValue>),
     /// The rest of the request is not read.
     Close,
 }
@@ -143,7 +143,7 @@ impl Failure {
     /// The route has no such method.
     pub fn no_method(allowed: HeaderValue) -> Self {
         let message = format!("this route takes {} only", allowed.to_str().unwrap_or("other methods"));
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message).with(Extra::Allow(allowed))
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message).with(Extra::Allow(Box::new(allowed)))
     }
 
     /// No such model.
@@ -296,7 +296,7 @@ impl IntoResponse for Failure {
                 headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"butterfly\""));
             }
             Some(Extra::Allow(methods)) => {
-                headers.insert(ALLOW, methods);
+                headers.insert(ALLOW, *methods);
             }
             Some(Extra::Close) => {
                 headers.insert(CONNECTION, HeaderValue::from_static("close"));
@@ -331,11 +331,11 @@ mod tests {
             (SchedulingError::TaskAlreadyExists("x".into()).into(), 409, "task_already_exists"),
             (SchedulingError::QueueFull { limit: 1, retry_after }.into(), 429, "queue_full"),
             (SchedulingError::CoordinationUnavailable { slice: 0, live: 1, needed: 2 }.into(), 503, "no_quorum"),
-            (PartitionError::NoNodesAvailable.into(), 503, "no_quorum"),
+            (TaskError::from(PartitionError::NoNodesAvailable("x".into())), 503, "no_quorum"),
             (CoordinationError::ByzantineViolation { slice: 0 }.into(), 502, "verification_failed"),
             (CoordinationError::InsufficientNodes { slice: 0 }.into(), 503, "no_quorum"),
             (CoordinationError::ConsensusTimeout { missing: 1 }.into(), 504, "deadline_exceeded"),
-            (NetworkError::Unreachable(node).into(), 503, "no_quorum"),
+            (TaskError::Network(NetworkError::Unreachable(node)), 503, "no_quorum"),
             (TaskError::DeadlineExceeded(Duration::from_secs(30)), 504, "deadline_exceeded"),
             (TaskError::Draining, 503, "draining"),
             (TaskError::Cancelled, 499, "cancelled"),

@@ -16,7 +16,7 @@ use std::ops::RangeInclusive;
 
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-pub use lists::{Bias, List, Options, Prompt, Stops, Vector};
+pub(super) use lists::{Bias, List, Options, Prompt, Stops, Vector};
 
 use super::errors::Failure;
 
@@ -79,7 +79,7 @@ const UNSUPPORTED: [(&str, &[Setting]); 31] = [
 
 /// The value of a field that has one.
 #[derive(Debug, Clone, PartialEq)]
-pub enum Setting {
+pub(super) enum Setting {
     /// `null`, which says no more than leaving it out.
     Null,
     /// `true` or `false`.
@@ -98,7 +98,7 @@ pub enum Setting {
 
 /// A body, read.
 #[derive(Debug, Default)]
-pub struct Fields {
+pub(super) struct Fields {
     settings: BTreeMap<&'static str, Setting>,
     /// `prompt`.
     pub prompt: List<Prompt>,
@@ -119,7 +119,7 @@ impl Fields {
     ///
     /// # Errors
     /// When it is no JSON object, or names a field twice.
-    pub fn parse(body: &[u8]) -> Result<Self, Failure> {
+    pub(super) fn parse(body: &[u8]) -> Result<Self, Failure> {
         serde_json::from_slice(body).map_err(Failure::invalid_json)
     }
 
@@ -127,7 +127,7 @@ impl Fields {
     ///
     /// # Errors
     /// Names the first such field.
-    pub fn refuse_unsupported(&self) -> Result<(), Failure> {
+    pub(super) fn refuse_unsupported(&self) -> Result<(), Failure> {
         for (name, harmless) in UNSUPPORTED {
             if self.settings.get(name).is_some_and(|value| *value != Setting::Null && !harmless.contains(value)) {
                 return Err(unsupported(name));
@@ -145,7 +145,7 @@ impl Fields {
     ///
     /// # Errors
     /// When it is set to anything but null or `harmless`.
-    pub fn refuse(&self, name: &'static str, harmless: Setting) -> Result<(), Failure> {
+    pub(super) fn refuse(&self, name: &'static str, harmless: Setting) -> Result<(), Failure> {
         match self.settings.get(name) {
             Some(value) if *value != Setting::Null && *value != harmless => Err(unsupported(name)),
             _ => Ok(()),
@@ -156,7 +156,7 @@ impl Fields {
     ///
     /// # Errors
     /// When it is something else.
-    pub fn flag(&self, name: &'static str, otherwise: bool) -> Result<bool, Failure> {
+    pub(super) fn flag(&self, name: &'static str, otherwise: bool) -> Result<bool, Failure> {
         flag(name, self.settings.get(name), otherwise)
     }
 
@@ -164,7 +164,7 @@ impl Fields {
     ///
     /// # Errors
     /// When it is something else.
-    pub fn text(&mut self, name: &'static str) -> Result<Option<String>, Failure> {
+    pub(super) fn text(&mut self, name: &'static str) -> Result<Option<String>, Failure> {
         text(name, self.settings.remove(name))
     }
 
@@ -172,7 +172,7 @@ impl Fields {
     ///
     /// # Errors
     /// When it is something else.
-    pub fn integer(&self, name: &'static str, range: RangeInclusive<i64>) -> Result<Option<i64>, Failure> {
+    pub(super) fn integer(&self, name: &'static str, range: RangeInclusive<i64>) -> Result<Option<i64>, Failure> {
         integer(name, self.settings.get(name), range)
     }
 
@@ -180,7 +180,7 @@ impl Fields {
     ///
     /// # Errors
     /// When it is something else.
-    pub fn number(&self, name: &'static str, range: RangeInclusive<f32>) -> Result<Option<f32>, Failure> {
+    pub(super) fn number(&self, name: &'static str, range: RangeInclusive<f32>) -> Result<Option<f32>, Failure> {
         let value = match self.settings.get(name) {
             None | Some(Setting::Null) => return Ok(None),
             Some(Setting::Integer(value)) => *value as f64,
@@ -200,7 +200,7 @@ impl Fields {
 ///
 /// # Errors
 /// When it is something else.
-pub fn flag(name: &str, value: Option<&Setting>, otherwise: bool) -> Result<bool, Failure> {
+pub(super) fn flag(name: &str, value: Option<&Setting>, otherwise: bool) -> Result<bool, Failure> {
     match value {
         None | Some(Setting::Null) => Ok(otherwise),
         Some(Setting::Flag(value)) => Ok(*value),
@@ -212,7 +212,7 @@ pub fn flag(name: &str, value: Option<&Setting>, otherwise: bool) -> Result<bool
 ///
 /// # Errors
 /// When it is something else.
-pub fn text(name: &str, value: Option<Setting>) -> Result<Option<String>, Failure> {
+pub(super) fn text(name: &str, value: Option<Setting>) -> Result<Option<String>, Failure> {
     match value {
         None | Some(Setting::Null) => Ok(None),
         Some(Setting::Text(value)) => Ok(Some(value)),
@@ -224,7 +224,7 @@ pub fn text(name: &str, value: Option<Setting>) -> Result<Option<String>, Failur
 ///
 /// # Errors
 /// When it is something else.
-pub fn integer(name: &str, value: Option<&Setting>, range: RangeInclusive<i64>) -> Result<Option<i64>, Failure> {
+pub(super) fn integer(name: &str, value: Option<&Setting>, range: RangeInclusive<i64>) -> Result<Option<i64>, Failure> {
     let value = match value {
         None | Some(Setting::Null) => return Ok(None),
         Some(Setting::Integer(value)) => *value,

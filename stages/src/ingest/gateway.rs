@@ -34,7 +34,7 @@ const INLINE_TEXT_BYTES_MAX: usize = 4 << 10;
 const TOKEN_BYTES_MIN: usize = 64;
 
 /// The gateway of a node.
-pub struct Gateway {
+pub(super) struct Gateway {
     /// The node's shared things.
     pub services: Services,
     /// Which stages are not ready yet.
@@ -50,7 +50,7 @@ pub struct Gateway {
 }
 
 /// What a client asks, and how it is told.
-pub struct Submission {
+pub(super) struct Submission {
     /// Who asks.
     pub client: String,
     /// The route it came by.
@@ -64,7 +64,7 @@ pub struct Submission {
 }
 
 /// A task that was admitted.
-pub struct Admitted {
+pub(super) struct Admitted {
     /// The client's name for it, or the one it was given.
     pub task_id: String,
     /// What is asked, with every default resolved.
@@ -75,34 +75,38 @@ pub struct Admitted {
 }
 
 /// What a client waits for.
-pub struct Awaited {
+pub(super) struct Awaited {
     receiver: ReplyReceiver,
     _waiting: Waiting,
 }
 
 impl Awaited {
-    pub(super) fn new(receiver: ReplyReceiver, board: Arc<Board>, rd: RequestId) -> Self {
-        Self { receiver, _waiting: Waiting { board, rd: Some(rd) } }
+    pub(super) fn new(receiver: ReplyReceiver, waiting: Waiting) -> Self {
+        Self { receiver, _waiting: waiting }
     }
 
     /// What comes next. Safe to cancel.
-    pub async fn next(&mut self) -> Reply {
+    pub(super) async fn next(&mut self) -> Reply {
         self.receiver.next().await
     }
 
     /// The end, passing over tokens. Safe to cancel.
-    pub async fn end(mut self) -> TaskResult {
+    pub(super) async fn end(mut self) -> TaskResult {
         self.receiver.end().await
     }
 }
 
 /// Cancels its task when it is dropped before the task has ended.
-struct Waiting {
+pub(super) struct Waiting {
     board: Arc<Board>,
     rd: Option<RequestId>,
 }
 
 impl Waiting {
+    pub(super) fn new(board: Arc<Board>, rd: RequestId) -> Self {
+        Self { board, rd: Some(rd) }
+    }
+
     /// Lets the task live on without its client.
     fn forget(mut self) {
         self.rd = None;
@@ -121,7 +125,7 @@ impl Drop for Waiting {
 impl Gateway {
     /// A gateway that sends into `output`.
     #[must_use]
-    pub fn new(services: Services, output: Sender<items::Request>, readiness: Readiness, shutdown: Shutdown) -> Self {
+    pub(super) fn new(services: Services, output: Sender<items::Request>, readiness: Readiness, shutdown: Shutdown) -> Self {
         let graph = &services.topology.graph;
         let verify = graph.of_kind("consensus").next().and_then(|stage| stage.config.text("verify"));
         let mode = cluster_mode(verify, services.topology.cluster.max_byzantine);
@@ -137,7 +141,7 @@ impl Gateway {
     ///
     /// # Errors
     /// While the node starts or stops.
-    pub fn check_open(&self) -> Result<(), Failure> {
+    pub(super) fn check_open(&self) -> Result<(), Failure> {
         if !self.shutdown.is_running() {
             return Err(TaskError::Draining.into());
         }
@@ -152,7 +156,7 @@ impl Gateway {
     ///
     /// # Errors
     /// When the queue is full.
-    pub fn check_room(&self) -> Result<(), Failure> {
+    pub(super) fn check_room(&self) -> Result<(), Failure> {
         self.reserve(0).map(drop)
     }
 
@@ -163,7 +167,7 @@ impl Gateway {
     /// # Errors
     /// When the request cannot be served, when there is no room, when a living task has its id, and when the journal
     /// cannot be written.
-    pub async fn submit(&self, submission: Submission) -> Result<Admitted, Failure> {
+    pub(super) async fn submit(&self, submission: Submission) -> Result<Admitted, Failure> {
         self.check_open()?;
         let Submission { client, kind, task_id, ask, wait } = submission;
         let request = Arc::new(self.resolve(ask, &client).await?);
@@ -184,7 +188,7 @@ impl Gateway {
         let task = NewTask { task_id: task_id.clone(), kind, request: Arc::clone(&request), attempt: 1, sink };
         self.services.board.open(task)?;
         // From here on a client that goes away cancels the task.
-        let guard = Waiting { board: Arc::clone(&self.services.board), rd: Some(rd) };
+        let guard = Waiting::new(Arc::clone(&self.services.board), rd);
         let accepted = Accepted {
             rd,
             kind,
@@ -203,7 +207,7 @@ impl Gateway {
             return Err(TaskError::Draining.into());
         }
         let reply = match reply {
-            Some(receiver) => Some(Awaited { receiver, _waiting: guard }),
+            Some(receiver) => Some(Awaited::new(receiver, guard)),
             None => {
                 guard.forget();
                 None

@@ -71,7 +71,7 @@ struct Record {
 }
 
 /// The answer to `GET /health`.
-pub fn respond(gateway: &Gateway, request_timeout: Duration, with_details: bool) -> Response {
+pub(super) fn respond(gateway: &Gateway, request_timeout: Duration, with_details: bool) -> Response {
     let reasons = reasons(gateway, request_timeout);
     let healthy = reasons.is_empty();
     let health = Health {

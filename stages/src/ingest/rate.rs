@@ -25,7 +25,7 @@ const FORGET_EVERY: Duration = Duration::from_secs(1);
 
 /// Who is limited.
 #[derive(Debug, Clone, PartialEq, Eq, Hash)]
-pub enum RateKey {
+pub(super) enum RateKey {
     /// A client with an API key.
     Client(String),
     /// A client without, by address.
@@ -37,7 +37,7 @@ pub enum RateKey {
 impl RateKey {
     /// An address as far as it names a client.
     #[must_use]
-    pub fn address(address: IpAddr) -> Self {
+    pub(super) fn address(address: IpAddr) -> Self {
         Self::Address(match address.to_canonical() {
             IpAddr::V6(address) => IpAddr::V6((address.to_bits() >> 64 << 64).into()),
             address @ IpAddr::V4(_) => address,
@@ -46,7 +46,7 @@ impl RateKey {
 }
 
 /// The limit of each client.
-pub struct Rates {
+pub(super) struct Rates {
     per_second: u32,
     clients_max: usize,
     limiter: RateLimiter<RateKey, HashMapStateStore<RateKey>, NodeClock, NoOpMiddleware<Duration>>,
@@ -56,7 +56,7 @@ pub struct Rates {
 impl Rates {
     /// `per_second` for each client, as many of which may come at once.
     #[must_use]
-    pub fn new(per_second: u32, clock: Arc<dyn Clock>) -> Self {
+    pub(super) fn new(per_second: u32, clock: Arc<dyn Clock>) -> Self {
         Self::with_clients_max(per_second, clock, CLIENTS_MAX)
     }
 
@@ -70,7 +70,7 @@ impl Rates {
     ///
     /// # Errors
     /// With the time after which the next is allowed.
-    pub fn check(&self, key: RateKey) -> Result<(), Duration> {
+    pub(super) fn check(&self, key: RateKey) -> Result<(), Duration> {
         let now = self.limiter.clock().now();
         let key = if self.has_room(now) { key } else { RateKey::Others };
         self.limiter.check_key(&key).map_err(|refused| refused.wait_time_from(now))
@@ -78,7 +78,7 @@ impl Rates {
 
     /// Requests per second and client.
     #[must_use]
-    pub fn per_second(&self) -> u32 {
+    pub(super) fn per_second(&self) -> u32 {
         self.per_second
     }
 

@@ -9,7 +9,7 @@ use serde::Serialize;
 
 /// What backs an answer: the `butterfly` object of a response.
 #[derive(Debug, Serialize)]
-pub struct Proof {
+pub(super) struct Proof {
     /// The name of the receipt, which is the request's digest.
     pub receipt_id: String,
     /// What the receipt shows.
@@ -20,7 +20,7 @@ pub struct Proof {
 
 /// What a receipt shows.
 #[derive(Debug, Serialize)]
-pub struct Verification {
+pub(super) struct Verification {
     /// How many votes the request asked for.
     pub mode: Mode,
     /// `certified`, or `unverified` when one node's word is all there is.
@@ -33,7 +33,7 @@ pub struct Verification {
 
 /// The nodes that voted for what a slice gave.
 #[derive(Debug, Serialize)]
-pub struct Voters {
+pub(super) struct Voters {
     /// The slice.
     pub slice: usize,
     /// Ids of the nodes.
@@ -43,7 +43,7 @@ pub struct Voters {
 impl Proof {
     /// Of a receipt of this epoch.
     #[must_use]
-    pub fn new(receipt: &Receipt, epoch: &Epoch) -> Self {
+    pub(super) fn new(receipt: &Receipt, epoch: &Epoch) -> Self {
         let is_verified = receipt.mode != Mode::None && epoch.parts().max_byzantine > 0;
         let voters = |(slice, certificate): (usize, &butterfly_verify::SliceCertificate)| Voters {
             slice,
@@ -68,7 +68,7 @@ impl Proof {
 
 /// Tokens counted.
 #[derive(Debug, Clone, Copy, Serialize)]
-pub struct Usage {
+pub(super) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
     total_tokens: usize,
@@ -77,7 +77,7 @@ pub struct Usage {
 impl Usage {
     /// Of an answer with text; none of another.
     #[must_use]
-    pub fn of(answer: &Answer) -> Option<Self> {
+    pub(super) fn of(answer: &Answer) -> Option<Self> {
         match answer {
             Answer::Text { tokens, prompt_tokens, .. } => {
                 let prompt_tokens = usize::try_from(*prompt_tokens).unwrap_or(usize::MAX);
@@ -92,7 +92,7 @@ impl Usage {
 
 /// Why an answer ended, as clients know it.
 #[must_use]
-pub fn finish_reason(finish: Finish) -> &'static str {
+pub(super) fn finish_reason(finish: Finish) -> &'static str {
     match finish {
         Finish::Stop => "stop",
         Finish::Length => "length",
@@ -101,7 +101,7 @@ pub fn finish_reason(finish: Finish) -> &'static str {
 
 /// A whole completion, or one chunk of a streamed one.
 #[derive(Debug, Serialize)]
-pub struct Completion<'a> {
+pub(super) struct Completion<'a> {
     /// `cmpl-` and the request's digest.
     pub id: &'a str,
     /// `text_completion`.
@@ -122,7 +122,7 @@ pub struct Completion<'a> {
 
 /// A choice, or a piece of one.
 #[derive(Debug, Serialize)]
-pub struct Choice<'a> {
+pub(super) struct Choice<'a> {
     /// Always the only one.
     pub index: u32,
     /// The text, or the next piece of it.
@@ -142,7 +142,7 @@ pub struct Choice<'a> {
 impl<'a> Completion<'a> {
     /// A completion with one choice.
     #[must_use]
-    pub fn new(id: &'a str, request: &'a Request, choice: Choice<'a>) -> Self {
+    pub(super) fn new(id: &'a str, request: &'a Request, choice: Choice<'a>) -> Self {
         Self {
             id,
             object: "text_completion",
@@ -158,14 +158,14 @@ impl<'a> Completion<'a> {
 impl<'a> Choice<'a> {
     /// A piece of text.
     #[must_use]
-    pub fn piece(text: &'a str) -> Self {
+    pub(super) fn piece(text: &'a str) -> Self {
         Self { index: 0, text, logprobs: None, finish_reason: None, prompt_token_ids: None, token_ids: None }
     }
 }
 
 /// A task, as `/inference` shows it.
 #[derive(Debug, Serialize)]
-pub struct Task<'a> {
+pub(super) struct Task<'a> {
     /// The client's name for it.
     pub task_id: &'a str,
     /// `queued`, `running`, `completed` or `failed`.
@@ -205,7 +205,7 @@ pub struct Task<'a> {
 impl<'a> Task<'a> {
     /// A task without an answer.
     #[must_use]
-    pub fn new(task_id: &'a str, status: &'static str) -> Self {
+    pub(super) fn new(task_id: &'a str, status: &'static str) -> Self {
         Self {
             task_id,
             status,
@@ -224,7 +224,7 @@ impl<'a> Task<'a> {
 
     /// A task with its answer. One that came to no number has none.
     #[must_use]
-    pub fn answered(task_id: &'a str, model: &'a str, answer: &'a Answer, proof: Proof) -> Self {
+    pub(super) fn answered(task_id: &'a str, model: &'a str, answer: &'a Answer, proof: Proof) -> Self {
         let mut task = Self::new(task_id, "completed");
         task.model = Some(model);
         task.usage = Usage::of(answer);

@@ -35,7 +35,7 @@ const REQUEST_ID_BYTES_MAX: usize = 128;
 const SMALL_BODY_BYTES: u64 = 64 << 10;
 
 /// What the routes share.
-pub struct Front {
+pub(super) struct Front {
     /// Where requests go.
     pub gateway: Gateway,
     /// When the stage started, in seconds since 1970.
@@ -50,16 +50,16 @@ pub struct Front {
 
 /// Who sent the request, as the gate found out.
 #[derive(Debug, Clone)]
-pub struct Client(pub String);
+pub(super) struct Client(pub String);
 
 /// The address that a connection came from.
 #[derive(Debug, Clone, Copy)]
-pub struct Peer(pub SocketAddr);
+pub(super) struct Peer(pub SocketAddr);
 
 impl Front {
     /// The routes' share of a gateway with these settings.
     #[must_use]
-    pub fn new(gateway: Gateway, settings: Settings) -> Self {
+    pub(super) fn new(gateway: Gateway, settings: Settings) -> Self {
         let clock = &gateway.services.clock;
         Self {
             started_s: clock.unix_ms() / 1000,
@@ -75,7 +75,7 @@ impl Front {
 
     /// How long a task may stand still.
     #[must_use]
-    pub fn request_timeout(&self) -> Duration {
+    pub(super) fn request_timeout(&self) -> Duration {
         self.settings.request_timeout
     }
 
@@ -164,7 +164,7 @@ impl Front {
 }
 
 /// The router over all routes.
-pub fn router(front: Arc<Front>) -> Router {
+pub(super) fn router(front: Arc<Front>) -> Router {
     Router::new()
         .route("/inference", post(inference::submit))
         .route("/inference/{id}", get(records::task))

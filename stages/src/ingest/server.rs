@@ -45,7 +45,7 @@ const REFUSAL_WITHIN: Duration = Duration::from_secs(1);
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// The listener of a gateway.
-pub struct Server {
+pub(super) struct Server {
     listener: TcpListener,
     router: Router,
     clock: Arc<dyn Clock>,
@@ -58,7 +58,7 @@ pub struct Server {
 impl Server {
     /// A server on a bound listener.
     #[must_use]
-    pub fn new(listener: TcpListener, router: Router, connections_max: usize, clock: Arc<dyn Clock>) -> Self {
+    pub(super) fn new(listener: TcpListener, router: Router, connections_max: usize, clock: Arc<dyn Clock>) -> Self {
         Self {
             listener,
             router,
@@ -71,7 +71,7 @@ impl Server {
     }
 
     /// Accepts connections until dropped. Dropping this future, unlike dropping the server, leaves connections running.
-    pub async fn accept(&mut self) {
+    pub(super) async fn accept(&mut self) {
         loop {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
@@ -94,7 +94,7 @@ impl Server {
     }
 
     /// Lets every connection finish the request it is at, and resolves when all have. Safe to cancel.
-    pub async fn finish(&mut self) {
+    pub(super) async fn finish(&mut self) {
         self.closing.cancel();
         while self.connections.join_next().await.is_some() {}
     }

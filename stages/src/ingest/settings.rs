@@ -16,7 +16,7 @@ use butterfly_topology::StageConfig;
 use sha2::{Digest, Sha256};
 
 /// Keys in a file at most; each request is compared with all of them.
-pub const KEYS_MAX: usize = 4096;
+pub(super) const KEYS_MAX: usize = 4096;
 /// Bytes of a file of keys at most.
 const KEYS_FILE_BYTES_MAX: u64 = 1 << 20;
 /// Bytes of a client's name at most.
@@ -24,7 +24,7 @@ const CLIENT_NAME_BYTES_MAX: usize = 64;
 
 /// The settings of the stage.
 #[derive(Debug)]
-pub struct Settings {
+pub(super) struct Settings {
     /// Where the listener binds.
     pub bind_address: SocketAddr,
     /// Largest body of a request.
@@ -45,7 +45,7 @@ impl Settings {
     ///
     /// # Errors
     /// When a listener that others can reach has no API keys, and when their file is not as it should be.
-    pub fn new(config: &StageConfig, base: &Path) -> Result<Self, StageError> {
+    pub(super) fn new(config: &StageConfig, base: &Path) -> Result<Self, StageError> {
         let bind_address = config
             .address("bind_address")
             .ok_or_else(|| StageError::configuration("bind_address", "is needed: an address such as 127.0.0.1:8080"))?;
@@ -73,7 +73,7 @@ impl Settings {
 }
 
 /// The clients that are known, by the digests of their keys.
-pub struct ApiKeys(Vec<ApiKey>);
+pub(super) struct ApiKeys(Vec<ApiKey>);
 
 struct ApiKey {
     digest: [u8; 32],
@@ -82,7 +82,7 @@ struct ApiKey {
 
 /// Why a file of API keys was refused.
 #[derive(Debug, thiserror::Error)]
-pub enum KeysError {
+pub(super) enum KeysError {
     /// It cannot be read.
     #[error("{}: {source}", path.display())]
     Read {
@@ -120,7 +120,7 @@ impl ApiKeys {
     ///
     /// # Errors
     /// When it cannot be read or a line is not as it should be.
-    pub fn read(path: &Path) -> Result<Self, KeysError> {
+    pub(super) fn read(path: &Path) -> Result<Self, KeysError> {
         let unreadable = |source| KeysError::Read { path: path.to_owned(), source };
         if std::fs::metadata(path).map_err(unreadable)?.len() > KEYS_FILE_BYTES_MAX {
             return Err(KeysError::TooLong { path: path.to_owned() });
@@ -165,7 +165,7 @@ impl ApiKeys {
 
     /// The client whose key this is.
     #[must_use]
-    pub fn client(&self, key: &str) -> Option<&str> {
+    pub(super) fn client(&self, key: &str) -> Option<&str> {
         let digest: [u8; 32] = Sha256::digest(key.as_bytes()).into();
         // All are compared, and each to its last byte.
         self.0

@@ -38,7 +38,7 @@ const LAST_FRAME: Duration = Duration::from_millis(200);
 
 /// What a client wants in its stream besides text.
 #[derive(Debug, Clone, Copy)]
-pub struct StreamOptions {
+pub(super) struct StreamOptions {
     /// A chunk with the usage.
     pub include_usage: bool,
     /// Token ids beside the text.
@@ -46,7 +46,7 @@ pub struct StreamOptions {
 }
 
 /// The response that streams a task.
-pub fn respond(gateway: &Gateway, request: Arc<Request>, reply: Awaited, options: StreamOptions) -> Response {
+pub(super) fn respond(gateway: &Gateway, request: Arc<Request>, reply: Awaited, options: StreamOptions) -> Response {
     let model = &gateway.services.model;
     let stream = Stream {
         id: format!("cmpl-{}", request.digest()),

@@ -56,6 +56,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<(), Failure> {
             data_dir: data.join(node.as_ref()),
             base_dir: base_dir.clone(),
             socket: None,
+            extension: None,
             node,
         });
     }

@@ -14,9 +14,10 @@ use crate::ingest::errors::Failure;
 const OPTIONS_MAX: usize = 16;
 
 /// A field that holds a list of some kind.
-#[derive(Debug)]
-pub enum List<T> {
+#[derive(Debug, Default)]
+pub(in crate::ingest) enum List<T> {
     /// It is not there.
+    #[default]
     Absent,
     /// `null`, which says no more.
     Null,
@@ -28,7 +29,7 @@ pub enum List<T> {
 
 /// `prompt`.
 #[derive(Debug, PartialEq)]
-pub enum Prompt {
+pub(in crate::ingest) enum Prompt {
     /// A string, alone or as the one element of a list.
     Text(String),
     /// Token ids, alone or as the one element of a list.
@@ -39,19 +40,19 @@ pub enum Prompt {
 
 /// `input`: finite numbers.
 #[derive(Debug, PartialEq)]
-pub struct Vector(pub Vec<f32>);
+pub(in crate::ingest) struct Vector(pub Vec<f32>);
 
 /// `stop`: one string or several.
 #[derive(Debug, PartialEq)]
-pub struct Stops(pub Vec<String>);
+pub(in crate::ingest) struct Stops(pub Vec<String>);
 
 /// `logit_bias`: from token ids, ascending, to numbers.
 #[derive(Debug, PartialEq)]
-pub struct Bias(pub Vec<(u32, f32)>);
+pub(in crate::ingest) struct Bias(pub Vec<(u32, f32)>);
 
 /// An object of options, each with one value.
 #[derive(Debug, PartialEq)]
-pub struct Options(pub BTreeMap<String, Setting>);
+pub(in crate::ingest) struct Options(pub BTreeMap<String, Setting>);
 
 impl<T> List<T> {
     /// Takes the value of the field; false if it was there before.
@@ -65,7 +66,7 @@ impl<T> List<T> {
     ///
     /// # Errors
     /// When it is not as it should be.
-    pub fn value(self, name: &str) -> Result<Option<T>, Failure> {
+    pub(in crate::ingest) fn value(self, name: &str) -> Result<Option<T>, Failure> {
         match self {
             Self::Absent | Self::Null => Ok(None),
             Self::Value(value) => Ok(Some(value)),
@@ -74,14 +75,8 @@ impl<T> List<T> {
     }
 }
 
-impl<T> Default for List<T> {
-    fn default() -> Self {
-        Self::Absent
-    }
-}
-
 /// How a kind of list is read. Each gives either the value or why it is none; errors are left to broken JSON.
-pub trait Kind: Sized {
+pub(in crate::ingest) trait Kind: Sized {
     /// What it should be.
     const WANTED: &'static str;
 

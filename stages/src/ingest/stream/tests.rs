@@ -5,6 +5,7 @@ use butterfly_verify::{Digest, Finish, Input, Mode, Params, Receipt, RequestPart
 use serde_json::Value;
 
 use super::super::fixture::{Fixture, epoch, fixture};
+use super::super::gateway::Waiting;
 use super::super::reply::{ReplySender, reply};
 use super::*;
 use crate::model::Model;
@@ -52,7 +53,7 @@ fn streamed(options: StreamOptions, stop: &[&str]) -> Streamed {
         epoch: Arc::new(epoch(4096)),
         clock: Arc::new(clock.clone()),
         options,
-        reply: Awaited::new(receiver, board, rd),
+        reply: Awaited::new(receiver, Waiting::new(board, rd)),
         released: String::new(),
         tokens: 0,
         is_first: true,

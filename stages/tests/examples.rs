@@ -1,0 +1,49 @@
+//! The examples hold: their topologies pass the check, their programs run.
+
+#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use butterfly::registry::{SIGNATURES, catalogue};
+
+fn examples() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples")
+}
+
+#[test]
+fn the_catalogue_has_no_faults_and_names_the_seven_kinds() {
+    assert!(catalogue().faults().is_empty(), "{:?}", catalogue().faults());
+    let kinds: Vec<&str> = SIGNATURES.iter().map(|signature| signature.kind).collect();
+    assert_eq!(kinds, ["ingest", "partition", "assign", "transfer", "compute", "consensus", "commit"]);
+}
+
+#[test]
+fn every_example_topology_passes_the_check() {
+    let mut checked = 0;
+    for entry in std::fs::read_dir(examples()).unwrap() {
+        let path = entry.unwrap().path();
+        let text = std::fs::read_to_string(&path).unwrap();
+        if path.extension().is_none_or(|extension| extension != "toml") || !text.contains("[cluster]\n") {
+            continue;
+        }
+        if let Err(diagnostics) = butterfly_topology::parse(&text, &path.display().to_string(), &catalogue()) {
+            panic!("{}", diagnostics.render(false));
+        }
+        checked += 1;
+    }
+    assert!(checked >= 4, "dev, test, prod and adversary");
+}
+
+/// The example's own kind is wired from its topology file: one prompt passes it, the other is refused by it.
+#[test]
+fn the_custom_stage_runs_from_its_topology_file() {
+    let program = std::env::current_exe().unwrap().parent().unwrap().with_file_name("examples").join("custom_stage");
+    assert!(program.is_file(), "{} is built by `cargo test`, without --test", program.display());
+    let output = Command::new(program).output().unwrap();
+    let text = String::from_utf8(output.stdout).unwrap();
+    assert!(output.status.success(), "{text}{}", String::from_utf8_lossy(&output.stderr));
+    let (allowed, refused) = text.split_once("\"The unsafe keyword\"").expect("both prompts");
+    assert!(allowed.contains("HTTP/1.1 200") && allowed.contains("receipt_id"), "{allowed}");
+    assert!(refused.contains("HTTP/1.1 400") && refused.contains("must not contain"), "{refused}");
+}
