@@ -35,6 +35,8 @@ use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Portable, Serialize};
 
+use crate::channel::Item;
+
 /// Alignment of a frame's buffer and of its payload, in bytes: a cache line, and enough for any vector load.
 pub const ALIGNMENT: usize = 64;
 /// Length of the fixed header, in bytes.
@@ -327,6 +329,12 @@ impl Frame {
     pub(crate) fn stamped(&self, lane: u16, sequence: u64) -> ([u8; HEADER_BYTES], Bytes) {
         let header = Header { lane, sequence, ..self.header };
         (header.encode(), self.bytes.slice(HEADER_BYTES.min(self.bytes.len())..))
+    }
+}
+
+impl Item for Frame {
+    fn size_bytes(&self) -> usize {
+        self.bytes.len()
     }
 }
 

@@ -182,7 +182,7 @@ proptest! {
             .collect();
         let stream: Vec<u8> = frames.iter().flat_map(|frame| frame.as_bytes()).copied().collect();
         let assembled = assemble(&stream, &sizes).unwrap();
-        prop_assert!(assembled.iter().all(|frame| frame.payload().as_ptr() as usize % ALIGNMENT == 0));
+        prop_assert!(assembled.iter().all(|frame| (frame.payload().as_ptr() as usize).is_multiple_of(ALIGNMENT)));
         prop_assert_eq!(assembled, frames);
     }
 

@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use butterfly_engine::frame::Frame;
 use butterfly_engine::transport::{DownReason, Mesh, PeerPort, PeerState};
-use net::{Cluster, Driver, bounds, down, down_because, expect, frame, lane, node, state, up};
+use net::{Cluster, Driver, bounds, down, down_because, expect, frame, lane, node, up};
 use quinn::{Connection, ConnectionError, Endpoint};
 use raw::{Encryption, Hello, closed_with, connect, header, message, open, welcomed};
 
@@ -278,31 +278,46 @@ async fn a_newer_connection_of_a_member_replaces_the_older() {
     assert!(matches!(mesh.peers().borrow()[&node("n0")], PeerState::Up { .. }));
 }
 
+/// A runtime that can be dropped with everything in it, as a process that is killed.
+fn process() -> tokio::runtime::Runtime {
+    tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap()
+}
+
 #[test]
-fn a_peer_that_crashes_is_noticed_and_taken_back() {
+fn a_peer_that_crashes_is_noticed() {
     let mut cluster = Cluster::new(Driver::Quic, &["n0", "n1"]);
     cluster.idle_timeout = Duration::from_millis(800);
-    let runtime = || tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build().unwrap();
-    let staying = runtime();
-    let (mesh, mut port) = staying.block_on(async {
-        let mesh = cluster.mesh("n0");
-        let port = mesh.port(lane("transfer"), bounds(4, 1000)).unwrap();
-        (mesh, port)
-    });
-    for _ in 0..2 {
-        let crashing = runtime();
-        let (peer, there) = crashing.block_on(async {
-            let peer = cluster.mesh("n1");
-            let there = peer.port(lane("transfer"), bounds(4, 1000)).unwrap();
-            (peer, there)
-        });
-        staying.block_on(up(&mut port, "n1"));
-        // Its tasks stop where they are; nothing says goodbye.
-        crashing.shutdown_background();
-        staying.block_on(down(&mut port, "n1"));
-        let lost = |reason: &DownReason| matches!(reason, DownReason::Unreachable(_));
-        staying.block_on(down_because(&mesh, "n1", lost));
-        drop((peer, there));
+    let (staying, crashing) = (process(), process());
+    let mesh = staying.block_on(async { cluster.mesh("n0") });
+    let mut port = mesh.port(lane("transfer"), bounds(4, 1000)).unwrap();
+    let peer = crashing.block_on(async { cluster.mesh("n1") });
+    let _there = peer.port(lane("transfer"), bounds(4, 1000)).unwrap();
+    staying.block_on(up(&mut port, "n1"));
+    crashing.shutdown_background();
+    staying.block_on(down(&mut port, "n1"));
+    staying.block_on(down_because(&mesh, "n1", |reason| matches!(reason, DownReason::Unreachable(_))));
+}
+
+#[test]
+fn a_peer_that_crashes_and_restarts_is_taken_back_without_waiting_for_silence() {
+    // The one that dials says hello again; the one that accepts answers that it knows of no such connection.
+    for (stays, crashes) in [("n1", "n0"), ("n0", "n1")] {
+        let mut cluster = Cluster::new(Driver::Quic, &["n0", "n1"]);
+        cluster.idle_timeout = Duration::from_secs(3600);
+        let staying = process();
+        let mesh = staying.block_on(async { cluster.mesh(stays) });
+        let mut port = mesh.port(lane("transfer"), bounds(4, 1000)).unwrap();
+        for round in 0..3 {
+            let living = process();
+            let peer = living.block_on(async { cluster.mesh(crashes) });
+            let mut there = peer.port(lane("transfer"), bounds(4, 1000)).unwrap();
+            if round > 0 {
+                staying.block_on(down(&mut port, crashes));
+            }
+            staying.block_on(up(&mut port, crashes));
+            living.block_on(up(&mut there, stays));
+            // Its tasks stop where they are; nothing says goodbye.
+            living.shutdown_background();
+        }
     }
-    staying.block_on(state(&mesh, "n1", |state| matches!(state, PeerState::Down { .. })));
 }

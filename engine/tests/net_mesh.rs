@@ -47,7 +47,7 @@ over_every_driver!(
     dropping_the_last_handle_ends_the_links,
 );
 
-async fn pair(driver: Driver) -> (Cluster, Mesh, Mesh) {
+fn pair(driver: Driver) -> (Cluster, Mesh, Mesh) {
     let mut cluster = Cluster::new(driver, &["n0", "n1"]);
     let (n0, n1) = (cluster.mesh("n0"), cluster.mesh("n1"));
     (cluster, n0, n1)
@@ -97,7 +97,7 @@ async fn frames_arrive_in_order_both_ways_on_each_lane(driver: Driver) {
 }
 
 async fn tensors_arrive_equal_and_aligned(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     let mut here = n0.port(lane("transfer"), bounds(4, 40 << 20)).unwrap();
     let mut there = n1.port(lane("transfer"), bounds(4, 40 << 20)).unwrap();
     up(&mut here, "n1").await;
@@ -141,7 +141,7 @@ fn fill(sender: &butterfly_engine::transport::PeerSender, to: &str, from: u64) -
 }
 
 async fn exactly_what_the_inbox_holds_is_admitted(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     let bytes = numbered(0).size_bytes();
     // Bound by items, and by bytes.
     for (name, room, admitted) in [("by-items", bounds(5, 1 << 20), 5), ("by-bytes", bounds(100, 7 * bytes + 1), 7)] {
@@ -166,7 +166,7 @@ async fn exactly_what_the_inbox_holds_is_admitted(driver: Driver) {
 }
 
 async fn a_frame_of_the_whole_capacity_passes(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     let large = Frame::tensor(&(), &[3; 100_000]).unwrap();
     let room = bounds(16, large.size_bytes());
     let mut here = n0.port(lane("transfer"), room).unwrap();
@@ -186,7 +186,7 @@ async fn a_frame_of_the_whole_capacity_passes(driver: Driver) {
 }
 
 async fn a_waiting_send_resumes_when_there_is_room(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     let mut here = n0.port(lane("transfer"), bounds(2, 1 << 20)).unwrap();
     let mut there = n1.port(lane("transfer"), bounds(2, 1 << 20)).unwrap();
     up(&mut here, "n1").await;
@@ -237,7 +237,7 @@ async fn frames_to_oneself_come_back_within_bounds(driver: Driver) {
 }
 
 async fn a_lane_opened_late_comes_up(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     state(&n0, "n1", |state| matches!(state, PeerState::Up { .. })).await;
     let mut here = n0.port(lane("late"), bounds(2, 1 << 20)).unwrap();
     assert_eq!(here.sender().try_send(&node("n1"), numbered(0)), Err(PeerSendError::Down(node("n1"))));
@@ -250,7 +250,7 @@ async fn a_lane_opened_late_comes_up(driver: Driver) {
 }
 
 async fn a_slow_lane_does_not_hold_up_another(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     let room = bounds(8, 64 << 20);
     let mut slow = n0.port(lane("transfer"), room).unwrap();
     let mut slow_there = n1.port(lane("transfer"), room).unwrap();
@@ -349,7 +349,7 @@ async fn unread_frames_keep_their_place_across_restarts(driver: Driver) {
 }
 
 async fn shutdown_carries_out_what_was_queued(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     let (items, bytes) = ROOMY;
     let mut here = n0.port(lane("transfer"), bounds(items, bytes)).unwrap();
     let mut there = n1.port(lane("transfer"), bounds(items, bytes)).unwrap();
@@ -374,7 +374,7 @@ async fn shutdown_carries_out_what_was_queued(driver: Driver) {
 }
 
 async fn a_stage_that_left_takes_no_more(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     let mut here = n0.port(lane("transfer"), bounds(2, 1 << 20)).unwrap();
     let mut there = n1.port(lane("transfer"), bounds(2, 1 << 20)).unwrap();
     up(&mut here, "n1").await;
@@ -467,7 +467,7 @@ async fn a_member_that_the_peer_does_not_know_is_refused(driver: Driver) {
 }
 
 async fn links_are_counted(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     let mut here = n0.port(lane("transfer"), bounds(4, 1000)).unwrap();
     let mut there = n1.port(lane("transfer"), bounds(4, 1000)).unwrap();
     let up_state = state(&n0, "n1", |state| matches!(state, PeerState::Up { .. })).await;
@@ -481,7 +481,7 @@ async fn links_are_counted(driver: Driver) {
 }
 
 async fn dropping_the_last_handle_ends_the_links(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver).await;
+    let (_cluster, n0, n1) = pair(driver);
     let mut here = n0.port(lane("transfer"), bounds(4, 1000)).unwrap();
     let there = n1.port(lane("transfer"), bounds(4, 1000)).unwrap();
     up(&mut here, "n1").await;

@@ -143,6 +143,11 @@ impl LinkIdentity {
         bytes
     }
 
+    /// A secret that only this node can derive, in every process that it runs.
+    pub(super) fn reset_secret(&self) -> [u8; 32] {
+        Sha256::new().chain_update(b"butterfly-reset-v1").chain_update(self.key.to_bytes()).finalize().into()
+    }
+
     fn sign(&self, digest: &[u8; 32]) -> Result<[u8; SIGNATURE_BYTES], IdentityError> {
         let signature: Signature = self.key.sign_prehash(digest).map_err(|_| IdentityError::Crypto)?;
         let mut bytes = [0; SIGNATURE_BYTES];

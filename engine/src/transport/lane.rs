@@ -505,6 +505,14 @@ impl Lane {
         self.own_room.notify_waiters();
     }
 
+    /// How many frames, and how many other deliveries, wait for the stage.
+    #[cfg(test)]
+    pub(super) fn held(&self) -> (usize, usize) {
+        let inbox = self.inbox();
+        let frames = inbox.queue.iter().filter(|delivery| matches!(delivery, Delivery::Frame { .. })).count();
+        (frames, inbox.queue.len() - frames)
+    }
+
     fn inbox(&self) -> MutexGuard<'_, Inbox> {
         lock(&self.inbox)
     }

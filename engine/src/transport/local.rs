@@ -16,6 +16,7 @@ use butterfly_topology::NodeId;
 use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
+use tokio::task::coop;
 
 use super::identity::{LinkIdentity, Refusal, Roster};
 use super::lane::Lane;
@@ -59,6 +60,7 @@ pub(super) fn join(
     core: &Arc<Core>,
 ) -> Result<(), NetworkError> {
     roster.check(&identity)?;
+    tokio::runtime::Handle::try_current().map_err(|_| NetworkError::NoRuntime)?;
     let own = LocalNode { core: Arc::downgrade(core), public_key: identity.public_key(), roster: Arc::new(roster) };
     let mut nodes = lock(&hub.nodes);
     nodes.retain(|_, node| node.core.upgrade().is_some_and(|core| !core.closing().is_cancelled()));
@@ -175,6 +177,7 @@ async fn carry_lane(from: &End, to: &End, lane: Arc<Lane>) -> Result<(), LinkFau
             target.announce_frame(&to.session, sequence, frame.size_bytes())?;
             target.deliver(&to.session, frame);
         }
+        coop::consume_budget().await;
     }
     Ok(())
 }

@@ -291,15 +291,15 @@ impl Core {
         tracing::info!(node = %self.node, peer = %session.peer(), %reason, "link down");
     }
 
-    /// Tells why a peer stays down. Without effect while it is up.
-    pub(super) fn stay_down(&self, peer: &NodeId, why: DownReason) {
+    /// Tells why a peer stays down. Without effect while it is up. True if the reason is another than before.
+    pub(super) fn stay_down(&self, peer: &NodeId, why: DownReason) -> bool {
         self.states.send_if_modified(|states| match states.get_mut(peer) {
             Some(PeerState::Down { reason, .. }) if *reason != why => {
                 *reason = why;
                 true
             }
             _ => false,
-        });
+        })
     }
 
     /// Called under the lock of the peer's cell, so that states follow in the order of the sessions.
@@ -335,3 +335,6 @@ impl std::fmt::Debug for Mesh {
         formatter.debug_struct("Mesh").field("node", &self.handle.core.node).finish_non_exhaustive()
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -49,6 +49,9 @@ pub enum NetworkError {
         /// What the system says.
         source: std::io::Error,
     },
+    /// There is no tokio runtime to run in.
+    #[error("no tokio runtime")]
+    NoRuntime,
     /// The encryption layer refused its configuration.
     #[error("encryption of links: {reason}")]
     Encryption {

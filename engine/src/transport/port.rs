@@ -8,11 +8,13 @@
 use std::sync::Arc;
 
 use butterfly_topology::{NodeId, StageName};
+use tokio::task::coop;
 
 use super::lane::Lane;
 use super::mesh::Handle;
 use crate::channel::Bounds;
 use crate::frame::Frame;
+use crate::telemetry::StageStates;
 
 /// What a stage learns from its peers.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -56,6 +58,7 @@ pub enum PeerSendError {
 pub struct PeerPort {
     lane: Arc<Lane>,
     handle: Arc<Handle>,
+    states: Option<StageStates>,
 }
 
 /// Sends to a stage's counterparts. Clones share the lane and its credits.
@@ -63,11 +66,20 @@ pub struct PeerPort {
 pub struct PeerSender {
     lane: Arc<Lane>,
     _handle: Arc<Handle>,
+    states: Option<StageStates>,
 }
 
 impl PeerPort {
     pub(super) fn new(lane: Arc<Lane>, handle: Arc<Handle>) -> Self {
-        Self { lane, handle }
+        Self { lane, handle, states: None }
+    }
+
+    /// Records waiting in the account of the stage: *starved* when it receives, *blocked* when it sends by a sender made
+    /// from here on.
+    #[must_use]
+    pub fn accounted(mut self, states: StageStates) -> Self {
+        self.states = Some(states);
+        self
     }
 
     /// This node.
@@ -96,11 +108,13 @@ impl PeerPort {
     /// The next delivery; `None` once the mesh is shut down and everything was taken. Taking a frame gives its credit
     /// back to the sender. Safe to cancel.
     pub async fn recv(&mut self) -> Option<Delivery> {
+        coop::consume_budget().await;
         loop {
-            match self.lane.take() {
-                Ok(Some(delivery)) => return Some(delivery),
-                Ok(None) => self.lane.arrived().await,
-                Err(_) => return None,
+            match (self.lane.take(), &self.states) {
+                (Ok(Some(delivery)), _) => return Some(delivery),
+                (Ok(None), Some(states)) => states.while_starved(self.lane.arrived()).await,
+                (Ok(None), None) => self.lane.arrived().await,
+                (Err(_), _) => return None,
             }
         }
     }
@@ -130,7 +144,11 @@ impl PeerPort {
     /// A sender on this lane. It may outlive the port.
     #[must_use]
     pub fn sender(&self) -> PeerSender {
-        PeerSender { lane: Arc::clone(&self.lane), _handle: Arc::clone(&self.handle) }
+        PeerSender {
+            lane: Arc::clone(&self.lane),
+            _handle: Arc::clone(&self.handle),
+            states: self.states.clone(),
+        }
     }
 }
 
@@ -154,7 +172,12 @@ impl PeerSender {
     /// # Errors
     /// [`PeerSendError`], but never [`Full`](PeerSendError::Full).
     pub async fn send(&self, to: &NodeId, frame: Frame) -> Result<(), PeerSendError> {
-        self.lane.send(to, frame).await
+        coop::consume_budget().await;
+        match (self.lane.try_send(to, frame.clone()), &self.states) {
+            (Err(PeerSendError::Full(_)), Some(states)) => states.while_blocked(self.lane.send(to, frame)).await,
+            (Err(PeerSendError::Full(_)), None) => self.lane.send(to, frame).await,
+            (decided, _) => decided,
+        }
     }
 }
 

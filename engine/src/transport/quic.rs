@@ -12,11 +12,12 @@
 
 mod encryption;
 mod greeting;
+mod reset;
 mod streams;
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::{IpAddr, SocketAddr, UdpSocket};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use butterfly_topology::NodeId;
@@ -30,7 +31,8 @@ use self::greeting::Greeted;
 use self::streams::Streams;
 use super::breaker::{Breaker, Circuit};
 use super::identity::{Greeter, LinkIdentity, Refusal, Roster};
-use super::mesh::Core;
+use super::mesh::{Core, lock};
+use super::session::Session;
 use super::{DownReason, NetworkError};
 use crate::link::{LANES_MAX, LinkFault};
 use crate::telemetry::CircuitState;
@@ -47,6 +49,12 @@ const UNPROVED_WINDOW_BYTES: u32 = 4 << 10;
 const WINDOW_BYTES: u32 = 16 << 20;
 /// The same for one stream.
 const STREAM_WINDOW_BYTES: u32 = 4 << 20;
+/// Round-trip time assumed at first: a lost first datagram is sent again after three times as much.
+const RTT_EXPECTED: Duration = Duration::from_millis(100);
+/// How often the round-trip time is shown.
+const RTT_SHOWN_EVERY: Duration = Duration::from_secs(5);
+/// A warning about strangers is given at most this often; the rest is for debugging.
+const WARNING_EVERY: Duration = Duration::from_secs(1);
 /// Buffers of the socket: the default loses datagrams in bursts.
 const SOCKET_BUFFER_BYTES: usize = 4 << 20;
 /// Largest datagram. The kernel takes batches of ten of them and rejects more than 64 KiB, which looks like loss.
@@ -99,17 +107,27 @@ struct Node {
     endpoint: Endpoint,
     addresses: BTreeMap<NodeId, SocketAddr>,
     sessions: TaskTracker,
+    /// When the last warning about a stranger was given.
+    warned: Mutex<Option<Duration>>,
 }
 
 /// Binds, listens and dials.
 pub(super) fn start(config: QuicConfig, core: &Arc<Core>) -> Result<(), NetworkError> {
     let QuicConfig { identity, roster, socket, idle_timeout, greeting_timeout } = config;
-    let own = identity.node().clone();
+    let (own, reset_secret) = (identity.node().clone(), identity.reset_secret());
     let addresses: BTreeMap<_, _> =
         roster.members.iter().map(|(node, member)| (node.clone(), member.address)).collect();
     let greeter = Greeter::new(identity, roster)?;
-    let endpoint = endpoint(&own, socket, &addresses, idle_timeout)?;
-    let node = Arc::new(Node { core: Arc::clone(core), greeter, greeting_timeout, endpoint, addresses, sessions: TaskTracker::new() });
+    let endpoint = endpoint(reset::endpoint_config(reset_secret), addresses.get(&own), socket, idle_timeout)?;
+    let node = Arc::new(Node {
+        core: Arc::clone(core),
+        greeter,
+        greeting_timeout,
+        endpoint,
+        addresses,
+        sessions: TaskTracker::new(),
+        warned: Mutex::default(),
+    });
     core.spawn(Arc::clone(&node).accept());
     for peer in node.addresses.keys().filter(|peer| **peer > own) {
         core.spawn(Arc::clone(&node).keep_dialled(peer.clone()));
@@ -126,13 +144,12 @@ pub(super) fn start(config: QuicConfig, core: &Arc<Core>) -> Result<(), NetworkE
 }
 
 fn endpoint(
-    own: &NodeId,
+    mut config: EndpointConfig,
+    address: Option<&SocketAddr>,
     socket: Option<UdpSocket>,
-    addresses: &BTreeMap<NodeId, SocketAddr>,
     idle_timeout: Duration,
 ) -> Result<Endpoint, NetworkError> {
     let encryption = |reason: &dyn std::fmt::Display| NetworkError::Encryption { reason: reason.to_string() };
-    let address = addresses.get(own);
     let bind = |source| NetworkError::Bind { address: address.map(ToString::to_string).unwrap_or_default(), source };
     let socket = match (socket, address) {
         (Some(socket), _) => socket,
@@ -153,6 +170,7 @@ fn endpoint(
         .max_idle_timeout(Some(idle_timeout.try_into().map_err(|error| encryption(&error))?))
         .keep_alive_interval(Some(KEEP_ALIVE.min(idle_timeout / 4)))
         .mtu_discovery_config(Some(discovery))
+        .initial_rtt(RTT_EXPECTED)
         .max_concurrent_bidi_streams(VarInt::from_u32(1))
         .max_concurrent_uni_streams(VarInt::from_u32(0))
         .receive_window(VarInt::from_u32(UNPROVED_WINDOW_BYTES))
@@ -169,9 +187,8 @@ fn endpoint(
         .incoming_buffer_size_total(u64::from(UNPROVED_WINDOW_BYTES) * INCOMING_MAX as u64);
     let mut client = keys.client().map_err(|error| encryption(&error))?;
     client.transport_config(transport);
-    let mut config = EndpointConfig::default();
     config.max_udp_payload_size(DATAGRAM_BYTES_MAX).map_err(|error| encryption(&error))?;
-    let runtime = quinn::default_runtime().ok_or_else(|| encryption(&"no tokio runtime"))?;
+    let runtime = quinn::default_runtime().ok_or(NetworkError::NoRuntime)?;
     let mut endpoint = Endpoint::new(config, Some(server), socket, runtime).map_err(bind)?;
     endpoint.set_default_client_config(client);
     Ok(endpoint)
@@ -221,10 +238,23 @@ impl Node {
             Ok(greeted) => {
                 self.run(greeted).await;
             }
-            Err(reason) => {
+            Err(reason) if self.may_warn() => {
                 tracing::warn!(node = %self.core.node(), %remote, %reason, "an incoming connection was not admitted");
             }
+            Err(reason) => {
+                tracing::debug!(node = %self.core.node(), %remote, %reason, "an incoming connection was not admitted");
+            }
         }
+    }
+
+    /// Strangers must not be able to fill the log.
+    fn may_warn(&self) -> bool {
+        let (now, mut warned) = (self.core.clock().now(), lock(&self.warned));
+        let may = warned.is_none_or(|last| now.saturating_sub(last) >= WARNING_EVERY);
+        if may {
+            *warned = Some(now);
+        }
+        may
     }
 
     // Dialling.
@@ -253,8 +283,9 @@ impl Node {
                     }
                 }
                 Err(reason) => {
-                    tracing::debug!(node = %self.core.node(), %peer, %reason, "could not connect");
-                    self.core.stay_down(&peer, reason);
+                    if self.core.stay_down(&peer, reason.clone()) {
+                        tracing::warn!(node = %self.core.node(), %peer, %reason, "could not connect");
+                    }
                     breaker.failed(self.core.clock().now());
                 }
             }
@@ -299,6 +330,14 @@ impl Node {
 
     // Both.
 
+    /// Keeps the metric current; never ends.
+    async fn show_rtt(&self, session: &Session) -> DownReason {
+        loop {
+            self.core.clock().sleep(RTT_SHOWN_EVERY).await;
+            session.meters().peer_rtt_seconds.set(session.rtt().as_secs_f64());
+        }
+    }
+
     /// Carries a connection from its welcome to its end.
     async fn run(&self, greeted: Greeted) {
         let Greeted { peer, connection, send, receive } = greeted;
@@ -316,6 +355,7 @@ impl Node {
         let mut streams = Streams::new(&self.core, &session, &connection, send, receive);
         let reason = tokio::select! {
             reason = session.ended() => reason,
+            reason = self.show_rtt(&session) => reason,
             served = streams.serve() => match served {
                 Ok(()) => DownReason::ShutDown,
                 Err(_) if connection.close_reason().is_some() => {

@@ -174,6 +174,7 @@ async fn write_lane(connection: Connection, session: Arc<Session>, lane: Arc<Lan
         };
         stream.write_all_chunks(&mut chunks).await.map_err(not_written)?;
         chunks.clear();
+        coop::consume_budget().await;
     }
     if let Some(mut stream) = stream {
         // Already closed means that there is nothing to wait for.
