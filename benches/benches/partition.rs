@@ -29,7 +29,7 @@ fn question(strategy: Strategy) -> Question {
             domain: Some(format!("lab-{}", index % 20)),
             memory_bytes: Some((8 + index as u64 % 5) << 30),
             compute: Some(1.0 + f64::from(index % 9) * 0.25),
-            bandwidth: Some(125_000_000 + u64::from(index) * 1_000_000),
+            bandwidth: Some(125_000_000 + index as u64 * 1_000_000),
             adversary: None,
         })
         .collect();

@@ -124,7 +124,7 @@ impl Loopback {
 
     fn write_stages(&self, text: &mut String) {
         let gateways: Vec<String> = (0..self.gateways.max(1)).map(|index| format!("\"n{index}\"")).collect();
-        let ingest = format!("on = [{}]\nbind_address = \"127.0.0.1:0\"\n", gateways.join(", "));
+        let ingest = format!("on = [{}]\nbind_address = \"127.0.0.1:0\"\ncapacity = 256\n", gateways.join(", "));
         let stages: [(&str, &str); 7] = [
             ("ingest", &ingest),
             ("partition", "input = \"ingest\"\n"),

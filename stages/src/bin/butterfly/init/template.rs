@@ -93,6 +93,7 @@ on = [{gateway}]
 bind_address = \"{}\"
 max_request_size_mb = 100
 request_timeout_secs = 30     # without progress; a stream that moves is not cut
+capacity = 256                # requests on their way into the log and the queue; beyond it the answer is 429
 # rate_limit_per_second = 200 # of one client
 
 # Which node holds which layers.
