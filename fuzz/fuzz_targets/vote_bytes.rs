@@ -74,7 +74,7 @@ fn changed_in_transit(data: &[u8]) {
         .collect();
     let Ok(mut bytes) = SIGNER.sign_ballots(ballots.clone()) else { return };
     let opened = EPOCH.open_ballots(&bytes, NodeIndex(0)).expect("an honest batch opens");
-    assert!(opened.iter().map(|ballot| &ballot.vote).eq(ballots.iter().map(|ballot| &ballot.vote)));
+    assert!(opened.iter().map(|ballot| ballot.vote()).eq(ballots.iter().map(|ballot| &ballot.vote)));
     assert!(EPOCH.open_ballots(&bytes, NodeIndex(1)).is_err(), "a batch opens only as its signer's");
 
     let place = u32::from_le_bytes([place[0], place[1], place[2], 0]) as usize % bytes.len();

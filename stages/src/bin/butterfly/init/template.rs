@@ -95,6 +95,7 @@ max_request_size_mb = 100
 request_timeout_secs = 30     # without progress; a stream that moves is not cut
 capacity = 256                # requests on their way into the log and the queue; beyond it the answer is 429
 # rate_limit_per_second = 200 # of one client
+# tokens_file = \"tokens.txt\"  # SHA-256 of each API key; needed when bind_address is not of this machine alone
 
 # Which node holds which layers.
 [[stage]]

@@ -63,7 +63,10 @@ fn name(path: &Path) -> String {
 pub(super) fn bundle(text: &str) -> Result<Bundle, Fault> {
     let parts: Parts = serde_json::from_str(text).map_err(|error| Fault::new("receipt document", error))?;
     let Some(receipt) = parts.receipt else {
-        let value = serde_json::from_str(text).map_err(|error| Fault::new("receipt document", error))?;
+        let value: Value = serde_json::from_str(text).map_err(|error| Fault::new("receipt document", error))?;
+        if let Some(status) = value.get("status").and_then(Value::as_str) {
+            return Err(Fault::new("receipt", format!("there is none: the task is {status}")));
+        }
         return Ok(Bundle { receipt: receipt_part(value)?, request: None, answer: None });
     };
     let missing = |part: &'static str| Fault::new(part, "missing from the bundle");
