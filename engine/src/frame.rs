@@ -27,13 +27,17 @@
 //!
 //! It refuses to know what metadata and payload mean, and how frames travel.
 
-use bytes::{Buf, Bytes};
+mod assembler;
+
+use bytes::Bytes;
 use rkyv::api::high::{HighSerializer, HighValidator};
 use rkyv::bytecheck::CheckBytes;
 use rkyv::rancor::BoxedError;
 use rkyv::ser::allocator::ArenaHandle;
 use rkyv::util::AlignedVec;
 use rkyv::{Archive, Portable, Serialize};
+
+pub use assembler::{Assembly, FrameAssembler};
 
 use crate::channel::Item;
 
@@ -429,90 +433,6 @@ impl FrameBuilder {
             *space = header.encode();
         }
         Self { header, bytes }
-    }
-}
-
-/// Turns a stream of chunks, cut anywhere, into frames. Each byte is copied once, into the frame's own buffer.
-#[derive(Default)]
-pub struct FrameAssembler {
-    header: HeaderSpace,
-    body: Option<(Header, AlignedVec<ALIGNMENT>)>,
-}
-
-/// What [`FrameAssembler::advance`] came to.
-#[derive(Debug)]
-pub enum Assembly {
-    /// The chunk is used up in the middle of a frame, or between two.
-    Incomplete,
-    /// A header is complete. Nothing has been allocated for its frame; to refuse it, stop here.
-    Announced(Header),
-    /// A frame is complete, and equal to the one sent: its lane and sequence number were in the header announced.
-    Complete(Frame),
-}
-
-struct HeaderSpace {
-    bytes: [u8; HEADER_BYTES],
-    filled: usize,
-}
-
-impl Default for HeaderSpace {
-    fn default() -> Self {
-        Self { bytes: [0; HEADER_BYTES], filled: 0 }
-    }
-}
-
-impl FrameAssembler {
-    /// An assembler at the start of a stream.
-    #[must_use]
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// Takes bytes off the front of `chunk` up to the next event. Call again until [`Assembly::Incomplete`].
-    ///
-    /// # Errors
-    /// [`FrameError`] when the stream is not made of frames; it is of no use afterwards.
-    pub fn advance(&mut self, chunk: &mut Bytes) -> Result<Assembly, FrameError> {
-        let Some((header, bytes)) = &mut self.body else {
-            let wanted = HEADER_BYTES - self.header.filled;
-            let taken = wanted.min(chunk.len());
-            if let (Some(space), Some(part)) =
-                (self.header.bytes.get_mut(self.header.filled..self.header.filled + taken), chunk.get(..taken))
-            {
-                space.copy_from_slice(part);
-            }
-            chunk.advance(taken);
-            self.header.filled += taken;
-            if self.header.filled < HEADER_BYTES {
-                return Ok(Assembly::Incomplete);
-            }
-            let header = Header::parse(&self.header.bytes)?;
-            self.header.filled = 0;
-            // No allocation before the caller has seen the header: an empty vector owns nothing.
-            self.body = Some((header, AlignedVec::new()));
-            return Ok(Assembly::Announced(header));
-        };
-        if bytes.is_empty() {
-            bytes.reserve_exact(header.frame_bytes());
-            // Lane and sequence number belong to the way here: without them the frame is equal to the one sent.
-            bytes.extend_from_slice(&Header { lane: 0, sequence: 0, ..*header }.encode());
-        }
-        let taken = (header.frame_bytes() - bytes.len()).min(chunk.len());
-        bytes.extend_from_slice(chunk.get(..taken).unwrap_or_default());
-        chunk.advance(taken);
-        if bytes.len() < header.frame_bytes() {
-            return Ok(Assembly::Incomplete);
-        }
-        match self.body.take() {
-            Some((_, bytes)) => Ok(Assembly::Complete(Frame::parse(bytes)?)),
-            None => Ok(Assembly::Incomplete),
-        }
-    }
-
-    /// Whether the stream may end here: nothing of a frame is pending.
-    #[must_use]
-    pub fn is_between_frames(&self) -> bool {
-        self.body.is_none() && self.header.filled == 0
     }
 }
 

@@ -165,8 +165,7 @@ struct Offence {
 }
 
 fn offences() -> Vec<Offence> {
-    let on_messages =
-        |what, messages: Vec<u8>| Offence { what, messages, streams: Vec::new(), ends: false };
+    let on_messages = |what, messages: Vec<u8>| Offence { what, messages, streams: Vec::new(), ends: false };
     let on_stream = |what, bytes: Vec<u8>| Offence { what, messages: Vec::new(), streams: vec![bytes], ends: false };
     let control = |sequence, payload: &[u8]| [&header(1, 0, 0, payload.len() as u64, sequence), payload].concat();
     let credit = |received: u64, granted: u64| {

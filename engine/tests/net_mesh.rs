@@ -125,6 +125,18 @@ async fn tensors_arrive_equal_and_aligned(driver: Driver) {
     tokio::join!(send, receive);
 }
 
+#[tokio::test]
+async fn nodes_of_one_process_share_the_buffers_of_frames() {
+    let (_cluster, n0, n1) = pair(Driver::Local);
+    let mut here = n0.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+    let mut there = n1.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+    up(&mut here, "n1").await;
+    up(&mut there, "n0").await;
+    let tensor = Frame::tensor(&(), &[1; 5000]).unwrap();
+    here.sender().try_send(&node("n1"), tensor.clone()).unwrap();
+    assert_eq!(frame(&mut there, "n0").await.payload().as_ptr(), tensor.payload().as_ptr());
+}
+
 /// Sends numbered frames until there is no room, and says how many went.
 fn fill(sender: &butterfly_engine::transport::PeerSender, to: &str, from: u64) -> u64 {
     let mut number = from;
@@ -467,7 +479,7 @@ async fn a_member_that_the_peer_does_not_know_is_refused(driver: Driver) {
 }
 
 async fn links_are_counted(driver: Driver) {
-    let (_cluster, n0, n1) = pair(driver);
+    let (cluster, n0, n1) = pair(driver);
     let mut here = n0.port(lane("transfer"), bounds(4, 1000)).unwrap();
     let mut there = n1.port(lane("transfer"), bounds(4, 1000)).unwrap();
     let up_state = state(&n0, "n1", |state| matches!(state, PeerState::Up { .. })).await;
@@ -478,6 +490,17 @@ async fn links_are_counted(driver: Driver) {
     here.sender().try_send(&node("n1"), numbered(0)).unwrap();
     expect(&mut there, "n0", 0).await;
     assert_eq!(n1.peers().borrow().len(), 1);
+    let bytes = numbered(0).size_bytes();
+    for (name, peer, counted) in [("n0", "n1", "messages_sent"), ("n1", "n0", "messages_received")] {
+        let metrics = cluster.metrics(name);
+        for line in [
+            format!("butterfly_{counted}_total{{node=\"{peer}\"}} 1"),
+            format!("butterfly_bytes_transferred_total{{node=\"{peer}\"}} {bytes}"),
+            format!("butterfly_circuit_state{{node=\"{peer}\"}} 0"),
+        ] {
+            assert!(metrics.lines().any(|given| given == line), "{line} is not in\n{metrics}");
+        }
+    }
 }
 
 async fn dropping_the_last_handle_ends_the_links(driver: Driver) {

@@ -144,11 +144,7 @@ impl PeerPort {
     /// A sender on this lane. It may outlive the port.
     #[must_use]
     pub fn sender(&self) -> PeerSender {
-        PeerSender {
-            lane: Arc::clone(&self.lane),
-            _handle: Arc::clone(&self.handle),
-            states: self.states.clone(),
-        }
+        PeerSender { lane: Arc::clone(&self.lane), _handle: Arc::clone(&self.handle), states: self.states.clone() }
     }
 }
 

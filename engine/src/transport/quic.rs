@@ -198,7 +198,7 @@ impl Node {
     // Accepting.
 
     async fn accept(self: Arc<Self>) {
-        let known: BTreeSet<IpAddr> = self.addresses.values().map(SocketAddr::ip).collect();
+        let known: BTreeSet<IpAddr> = self.addresses.values().map(|address| address.ip().to_canonical()).collect();
         let members = Arc::new(Semaphore::new(GREETINGS_MAX));
         let strangers = Arc::new(Semaphore::new(STRANGERS_MAX));
         loop {

@@ -53,6 +53,7 @@ pub struct Cluster {
     hub: LocalHub,
     pub roster: Roster,
     sockets: BTreeMap<NodeId, UdpSocket>,
+    telemetry: BTreeMap<NodeId, Arc<Telemetry>>,
     pub idle_timeout: Duration,
     pub greeting_timeout: Duration,
 }
@@ -71,6 +72,7 @@ impl Cluster {
             hub: LocalHub::new(),
             roster: Roster { epoch_digest: [7; 32], members },
             sockets,
+            telemetry: BTreeMap::new(),
             // Longer than in use: a loaded test machine is not a dead peer.
             idle_timeout: Duration::from_secs(20),
             greeting_timeout: Duration::from_secs(20),
@@ -79,6 +81,11 @@ impl Cluster {
 
     pub fn address(&self, name: &str) -> SocketAddr {
         self.roster.members[&node(name)].address
+    }
+
+    /// The metrics of a node that was started, as text.
+    pub fn metrics(&self, name: &str) -> String {
+        self.telemetry[&node(name)].render()
     }
 
     pub fn mesh(&mut self, name: &str) -> Mesh {
@@ -102,6 +109,7 @@ impl Cluster {
 
     pub fn mesh_as(&mut self, identity: LinkIdentity, roster: Roster) -> Result<Mesh, NetworkError> {
         let telemetry = Arc::new(Telemetry::new(identity.node().clone()));
+        self.telemetry.insert(identity.node().clone(), Arc::clone(&telemetry));
         match self.driver {
             Driver::Local => Mesh::local(&self.hub, identity, roster, telemetry, RealClock::shared()),
             Driver::Quic => {

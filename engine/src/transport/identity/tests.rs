@@ -104,7 +104,10 @@ fn only_the_addressed_node_and_only_the_expected_one_will_do() {
     assert_eq!(n2.judge_hello(&hello(&n0, "n1"), &HERE), Err(Refusal::WrongNode));
     let welcome = n2.greet(Role::Welcome, &node("n0"), &HERE).unwrap();
     assert_eq!(n0.judge_welcome(&welcome, &node("n1"), &HERE), Err(Refusal::WrongNode));
-    assert_eq!(n0.judge_welcome(&n1.greet(Role::Welcome, &node("n2"), &HERE).unwrap(), &node("n1"), &HERE), Err(Refusal::WrongNode));
+    assert_eq!(
+        n0.judge_welcome(&n1.greet(Role::Welcome, &node("n2"), &HERE).unwrap(), &node("n1"), &HERE),
+        Err(Refusal::WrongNode)
+    );
 }
 
 #[test]

@@ -202,7 +202,9 @@ impl World {
 
     /// Lets everything that can happen without a new connection happen.
     fn settle(&mut self) {
-        let steps = || (0..2).flat_map(|side| [Step::Say, Step::Hear, Step::Emit, Step::Arrive, Step::Take].map(|step| step(side)));
+        let steps = || {
+            (0..2).flat_map(|side| [Step::Say, Step::Hear, Step::Emit, Step::Arrive, Step::Take].map(|step| step(side)))
+        };
         while steps().fold(false, |moved, step| self.step(step) | moved) {}
     }
 }

@@ -27,7 +27,12 @@ pub(super) struct Greeted {
 }
 
 /// Dials, says hello and judges the welcome.
-pub(super) async fn dial(greeter: &Greeter, connecting: Connecting, peer: &NodeId, limit: Duration) -> Result<Greeted, DownReason> {
+pub(super) async fn dial(
+    greeter: &Greeter,
+    connecting: Connecting,
+    peer: &NodeId,
+    limit: Duration,
+) -> Result<Greeted, DownReason> {
     let connection = established(connecting, limit).await?;
     let judged = tokio::time::timeout(limit, greet_as_dialler(greeter, &connection, peer)).await;
     finish(connection, judged.unwrap_or(Err(DownReason::Distrusted(Refusal::Late))))

@@ -259,3 +259,22 @@ fn not_read(error: ReadError) -> DownReason {
         error => DownReason::Unreachable(error.to_string()),
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn small_frames_leave_together_and_large_ones_without_a_copy() {
+        let (small, large) = (Frame::control(&[1; 100]).unwrap(), Frame::tensor(&(), &[2; 100_000]).unwrap());
+        let (mut chunks, mut gathered) = (Vec::new(), BytesMut::new());
+        for (sequence, frame) in [&small, &small, &large, &small].into_iter().enumerate() {
+            push_chunks(&mut chunks, &mut gathered, frame, 4, sequence as u64);
+        }
+        chunks.push(gathered.split().freeze());
+        let lengths: Vec<_> = chunks.iter().map(Bytes::len).collect();
+        let (small_bytes, large_bytes) = (small.size_bytes(), large.size_bytes());
+        assert_eq!(lengths, [2 * small_bytes + HEADER_BYTES, large_bytes - HEADER_BYTES, small_bytes]);
+        assert_eq!(chunks[1].as_ptr(), large.as_bytes()[HEADER_BYTES..].as_ptr());
+    }
+}
