@@ -40,6 +40,7 @@ impl Target {
             max_byzantine: own.max_byzantine,
             slices: own.slices,
             settings: vec![
+                ("ingest", "capacity = 256".into()),
                 ("compute", format!("threads = {}", own.threads)),
                 ("compute", "micro_batch = 64".into()),
                 ("assign", "max_in_flight = 256".into()),

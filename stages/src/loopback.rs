@@ -124,13 +124,13 @@ impl Loopback {
 
     fn write_stages(&self, text: &mut String) {
         let gateways: Vec<String> = (0..self.gateways.max(1)).map(|index| format!("\"n{index}\"")).collect();
-        let ingest = format!("on = [{}]\nbind_address = \"127.0.0.1:0\"\ncapacity = 256\n", gateways.join(", "));
+        let ingest = format!("on = [{}]\nbind_address = \"127.0.0.1:0\"\n", gateways.join(", "));
         let stages: [(&str, &str); 7] = [
             ("ingest", &ingest),
             ("partition", "input = \"ingest\"\n"),
             ("assign", "input = \"partition\"\n"),
             ("transfer", "input = [\"assign\", { from = \"compute.boundary\", feedback = true }]\n"),
-            ("compute", "input = \"transfer\"\ncapacity = 4096\n"),
+            ("compute", "input = \"transfer\"\n"),
             ("consensus", "input = \"compute.outcome\"\n"),
             ("commit", "input = \"consensus\"\n"),
         ];

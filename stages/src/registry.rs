@@ -3,6 +3,7 @@
 //! The list is closed and explicit. A program that adds its own kind calls [`registry`] and then
 //! `Registry::with`; one test proves that catalogue and registry name the same kinds.
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use butterfly_engine::registry::{Build, Registry};
@@ -250,6 +251,7 @@ pub fn registry(services: &Services, question: &Arc<Question>, planner: &Arc<Pla
                 #[cfg(feature = "adversary")]
                 behaviour: transfer.behaviour,
                 services: transfer.clone(),
+                retries: VecDeque::new(),
             }))
         })
         .with(COMPUTE, move |build: Build<'_>| {

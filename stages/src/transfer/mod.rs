@@ -10,7 +10,8 @@
 
 pub mod wire;
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, VecDeque};
+use std::time::Duration;
 
 use butterfly_engine::channel::{Item, Receiver, Sender};
 use butterfly_engine::frame::Frame;
@@ -36,6 +37,9 @@ const REQUESTS_AT_ONCE_MAX: usize = 256;
 const BOUNDARIES_AT_ONCE_MAX: usize = 64;
 /// What one control message weighs, about, when there is more to send.
 const MESSAGE_BYTES: usize = 1 << 20;
+/// When a request that too few replicas took is sent again; after the last of them it fails.
+const RETRY_AFTER: [Duration; 4] =
+    [Duration::from_millis(100), Duration::from_millis(200), Duration::from_millis(400), Duration::from_millis(800)];
 /// How far a gateway's clock may be from ours, in milliseconds.
 const SKEW_MS: u64 = 60_000;
 /// Longest life of a request, in milliseconds.
@@ -54,6 +58,15 @@ pub struct TransferStage {
     pub behaviour: Option<Behaviour>,
     /// The node's shared things.
     pub services: Services,
+    /// Requests that too few replicas took, to be sent again. Bounded by the permits of the requests.
+    pub(crate) retries: VecDeque<Retry>,
+}
+
+/// Requests to be sent again.
+pub(crate) struct Retry {
+    due: Duration,
+    tries: usize,
+    batch: Vec<Assigned>,
 }
 
 impl Stage for TransferStage {
@@ -71,11 +84,12 @@ impl TransferStage {
         let (mut assigned_open, mut boundary_open) = (true, true);
         context.ready();
         loop {
+            let next_retry = self.retries.front().map(|retry| retry.due);
             tokio::select! {
                 batch = self.assigned.recv_many(REQUESTS_AT_ONCE_MAX), if assigned_open => {
                     assigned_open = !batch.is_empty();
                     for batch in by_bytes(batch, Item::size_bytes) {
-                        self.start(&peers, batch).await;
+                        self.start(&peers, batch, 0, context.clock.now()).await;
                     }
                 }
                 batch = self.boundary.recv_many(BOUNDARIES_AT_ONCE_MAX), if boundary_open => {
@@ -92,14 +106,22 @@ impl TransferStage {
                     None => break,
                 },
                 rd = next_cancellation(&mut cancellations) => self.cancel(&peers, rd),
+                () = wait_until(&context, next_retry), if next_retry.is_some() => {
+                    if let Some(Retry { tries, mut batch, .. }) = self.retries.pop_front() {
+                        batch.retain(|assigned| self.services.board.is_living(&assigned.request.rd));
+                        self.start(&peers, batch, tries, context.clock.now()).await;
+                    }
+                }
                 () = context.shutdown.completing() => break,
             }
         }
         Ok(())
     }
 
-    /// Signs assigned requests and sends them to everybody who holds a slice.
-    async fn start(&self, peers: &PeerSender, batch: Vec<Assigned>) {
+    /// Signs assigned requests and sends them to everybody who holds a slice. Where fewer than f+1 replicas of a slice take
+    /// them, they are sent again a little later: a link that has just come up may not carry every lane yet. Replicas that
+    /// had them the first time do not start anew.
+    async fn start(&mut self, peers: &PeerSender, batch: Vec<Assigned>, tries: usize, now: Duration) {
         if batch.is_empty() {
             return;
         }
@@ -127,7 +149,10 @@ impl TransferStage {
             .slices
             .iter()
             .position(|slice| slice.replicas.iter().filter(|node| reached.contains(node)).count() < needed);
-        if let Some(slice) = short {
+        let Some(slice) = short else { return };
+        if let Some(pause) = RETRY_AFTER.get(tries) {
+            self.retries.push_back(Retry { due: now + *pause, tries: tries + 1, batch });
+        } else {
             for assigned in &batch {
                 let error = CoordinationError::InsufficientNodes { slice };
                 self.services.board.fail(&assigned.request.rd, error.into()).await;
@@ -244,6 +269,11 @@ pub(crate) fn by_bytes<T>(items: Vec<T>, bytes_of: impl Fn(&T) -> usize) -> Vec<
         bytes += weight;
     }
     parts
+}
+
+async fn wait_until(context: &StageContext, due: Option<Duration>) {
+    let now = context.clock.now();
+    context.clock.sleep(due.map_or(Duration::ZERO, |due| due.saturating_sub(now))).await;
 }
 
 async fn next_cancellation(cancellations: &mut Option<CancellationReceiver>) -> RequestId {
