@@ -147,6 +147,14 @@ async fn carry_all(from: &End, to: &End) -> Result<(), LinkFault> {
     let mut bytes = Vec::new();
     loop {
         tokio::select! {
+            // A lane that is opened has frames to carry out, which finishing waits for.
+            biased;
+            opened = from.session.opened_lanes() => {
+                for lane in opened {
+                    lanes.push(Box::pin(carry_lane(from, to, lane)));
+                }
+            }
+            Some(done) = lanes.next(), if !lanes.is_empty() => done?,
             () = from.session.messages(&from.core, &mut bytes) => {
                 let mut rest = bytes.as_slice();
                 while let Some(message) = LinkMessage::split_off(&mut rest)? {
@@ -154,12 +162,6 @@ async fn carry_all(from: &End, to: &End) -> Result<(), LinkFault> {
                 }
                 bytes.clear();
             }
-            opened = from.session.opened_lanes() => {
-                for lane in opened {
-                    lanes.push(Box::pin(carry_lane(from, to, lane)));
-                }
-            }
-            Some(done) = lanes.next(), if !lanes.is_empty() => done?,
             () = from.session.finishing(), if lanes.is_empty() => return Ok(()),
         }
     }

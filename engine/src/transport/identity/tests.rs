@@ -1,3 +1,5 @@
+//! What a greeting proves, and what every attempt to misuse one comes to.
+
 use proptest::prelude::*;
 
 use super::*;

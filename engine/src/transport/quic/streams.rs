@@ -73,6 +73,8 @@ impl Streams {
     pub(super) async fn serve(&mut self) -> Result<(), DownReason> {
         loop {
             tokio::select! {
+                // A lane that is opened has frames to carry out, which finishing waits for.
+                biased;
                 opened = self.session.opened_lanes() => opened.into_iter().for_each(|lane| self.write(lane)),
                 stream = self.connection.accept_uni() => self.read(stream.map_err(reason_of)?),
                 Some(done) = self.tasks.join_next() => self.done(done)?,
