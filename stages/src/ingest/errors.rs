@@ -11,7 +11,7 @@
 use std::time::Duration;
 
 use axum::Json;
-use axum::http::header::{ALLOW, CONNECTION, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
+use axum::http::header::{CONNECTION, HeaderName, RETRY_AFTER, WWW_AUTHENTICATE};
 use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use serde::Serialize;
@@ -68,8 +68,6 @@ enum Retry {
 enum Extra {
     /// The challenge of a 401.
     Authenticate,
-    /// The methods a route has. Boxed, because failures are returned everywhere.
-    Allow(Box<HeaderValue>),
     /// The rest of the request is not read.
     Close,
 }
@@ -141,9 +139,9 @@ impl Failure {
     }
 
     /// The route has no such method.
-    pub fn no_method(allowed: HeaderValue) -> Self {
-        let message = format!("this route takes {} only", allowed.to_str().unwrap_or("other methods"));
-        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message).with(Extra::Allow(Box::new(allowed)))
+    pub fn no_method(method: &str) -> Self {
+        let message = format!("this route does not take {method}; the header `allow` says what it takes");
+        Self::new(StatusCode::METHOD_NOT_ALLOWED, "method_not_allowed", message)
     }
 
     /// No such model.
@@ -295,9 +293,6 @@ impl IntoResponse for Failure {
             Some(Extra::Authenticate) => {
                 headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer realm=\"butterfly\""));
             }
-            Some(Extra::Allow(methods)) => {
-                headers.insert(ALLOW, *methods);
-            }
             Some(Extra::Close) => {
                 headers.insert(CONNECTION, HeaderValue::from_static("close"));
             }
@@ -362,9 +357,8 @@ mod tests {
     }
 
     #[test]
-    fn challenges_and_methods_are_named() {
+    fn challenges_are_named() {
         assert!(header(Failure::invalid_api_key("no"), "www-authenticate").unwrap().starts_with("Bearer"));
-        assert_eq!(header(Failure::no_method(HeaderValue::from_static("GET")), "allow").as_deref(), Some("GET"));
         let json = String::from_utf8(Failure::no_route("/x").envelope()).unwrap();
         assert_eq!(
             json,

@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::header::{ALLOW, AUTHORIZATION, HeaderName};
+use axum::http::header::{AUTHORIZATION, HeaderName};
 use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
@@ -186,6 +186,7 @@ pub(super) fn router(front: Arc<Front>) -> Router {
 /// What every request passes, and every response.
 async fn gate(State(front): State<Arc<Front>>, mut request: Request, next: Next) -> Response {
     let id = front.request_id(request.headers());
+    let method = request.method().to_string();
     let mut response = match front.admit(&request) {
         Ok(client) => {
             request.extensions_mut().insert(client);
@@ -194,8 +195,8 @@ async fn gate(State(front): State<Arc<Front>>, mut request: Request, next: Next)
         Err(failure) => failure.into_response(),
     };
     if response.status() == StatusCode::METHOD_NOT_ALLOWED {
-        let allowed = response.headers().get(ALLOW).cloned();
-        response = Failure::no_method(allowed.unwrap_or(HeaderValue::from_static(""))).into_response();
+        // The router around this adds the header `allow`, to a response that has none.
+        response = Failure::no_method(&method).into_response();
     }
     response.headers_mut().insert(REQUEST_ID, id);
     response

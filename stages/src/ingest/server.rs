@@ -10,6 +10,7 @@ use std::io;
 use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
@@ -124,7 +125,10 @@ impl Server {
 /// Serves one connection to its end.
 async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, clock: Arc<dyn Clock>, closing: CancellationToken) {
     let service = TowerToHyperService::new(router);
+    let is_used = Arc::new(AtomicBool::new(false));
+    let used = Arc::clone(&is_used);
     let service = hyper::service::service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
+        used.store(true, Ordering::Relaxed);
         let mut request = request.map(Body::new);
         request.extensions_mut().insert(Peer(peer));
         service.call(request)
@@ -140,6 +144,10 @@ async fn serve(stream: TcpStream, peer: SocketAddr, router: Router, clock: Arc<d
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
         () = closing.cancelled() => {
+            // One that has not said anything yet would be waited for until its headers are late.
+            if !is_used.load(Ordering::Relaxed) {
+                return;
+            }
             connection.as_mut().graceful_shutdown();
             connection.await
         }
@@ -158,11 +166,15 @@ async fn refuse(mut stream: TcpStream) -> io::Result<()> {
          x-request-id: refused\r\nconnection: close\r\n\r\n",
         body.len()
     );
+    // An answer before the question would be none to a client that has not asked yet.
+    let mut scratch = [0; 4096];
+    if stream.read(&mut scratch).await? == 0 {
+        return Ok(());
+    }
     stream.write_all(head.as_bytes()).await?;
     stream.write_all(&body).await?;
     stream.shutdown().await?;
     // What it sends is read, because closing with bytes unread would reset the connection before it reads the answer.
-    let mut scratch = [0; 4096];
     while stream.read(&mut scratch).await? > 0 {}
     Ok(())
 }
