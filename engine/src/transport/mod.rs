@@ -131,3 +131,6 @@ pub enum DownReason {
     #[error("shut down")]
     ShutDown,
 }
+
+#[cfg(test)]
+mod tests;

@@ -56,7 +56,7 @@ fn side(name: &str) -> Side {
     let roster = Roster { epoch_digest: [0; 32], members: members.into() };
     let telemetry = Arc::new(Telemetry::new(node(name)));
     let core = Arc::new(Core::new(&node(name), &roster, telemetry, Arc::new(ManualClock::new(0))));
-    let lane = core.open_lane(StageName::parse("transfer").unwrap(), ROOM).unwrap();
+    let lane = core.open_lane(StageName::parse("rows").unwrap(), ROOM).unwrap();
     let port = PeerPort::new(lane, Arc::new(Handle { core: Arc::clone(&core) }));
     Side {
         core,

@@ -1,13 +1,13 @@
 //! What a stage may rely on between nodes, over every driver alike.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod net;
 
 use std::time::Duration;
 
-use butterfly_engine::frame::{ALIGNMENT, Frame, FrameBuilder};
-use butterfly_engine::transport::{Delivery, DownReason, Mesh, PeerSendError, PeerState, Refusal};
-use net::{Cluster, Driver, bounds, down, down_because, expect, frame, identity_with, lane, node, numbered, state, up};
+use super::super::{Delivery, DownReason, Mesh, PeerSendError, PeerSender, PeerState, Refusal};
+use super::{
+    Cluster, Driver, bounds, down, down_because, expect, frame, identity, identity_with, lane, node, numbered, state,
+    up,
+};
+use crate::frame::{ALIGNMENT, Frame, FrameBuilder};
 
 const ROOMY: (usize, usize) = (64, 64 << 20);
 
@@ -59,7 +59,7 @@ async fn frames_arrive_in_order_both_ways_on_each_lane(driver: Driver) {
     let meshes: Vec<_> = ["n0", "n1", "n2"].map(|name| cluster.mesh(name)).into();
     let mut stages = Vec::new();
     for mesh in &meshes {
-        for name in ["transfer", "consensus"] {
+        for name in ["rows", "votes"] {
             let mut port = mesh.port(lane(name), bounds(8, 1 << 20)).unwrap();
             let (own, sender, peers) = (mesh.node().clone(), port.sender(), port.peers().count() as u64);
             stages.push(tokio::spawn(async move {
@@ -98,8 +98,8 @@ async fn frames_arrive_in_order_both_ways_on_each_lane(driver: Driver) {
 
 async fn tensors_arrive_equal_and_aligned(driver: Driver) {
     let (_cluster, n0, n1) = pair(driver);
-    let mut here = n0.port(lane("transfer"), bounds(4, 40 << 20)).unwrap();
-    let mut there = n1.port(lane("transfer"), bounds(4, 40 << 20)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(4, 40 << 20)).unwrap();
+    let mut there = n1.port(lane("rows"), bounds(4, 40 << 20)).unwrap();
     up(&mut here, "n1").await;
     up(&mut there, "n0").await;
     let sizes = [0, 1, 63, 64, 65, 1900, 2000, 2100, 8 << 20, (8 << 20) + 1, 31 << 20];
@@ -128,8 +128,8 @@ async fn tensors_arrive_equal_and_aligned(driver: Driver) {
 #[tokio::test]
 async fn nodes_of_one_process_share_the_buffers_of_frames() {
     let (_cluster, n0, n1) = pair(Driver::Local);
-    let mut here = n0.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
-    let mut there = n1.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
+    let mut there = n1.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
     up(&mut here, "n1").await;
     up(&mut there, "n0").await;
     let tensor = Frame::tensor(&(), &[1; 5000]).unwrap();
@@ -138,7 +138,7 @@ async fn nodes_of_one_process_share_the_buffers_of_frames() {
 }
 
 /// Sends numbered frames until there is no room, and says how many went.
-fn fill(sender: &butterfly_engine::transport::PeerSender, to: &str, from: u64) -> u64 {
+fn fill(sender: &PeerSender, to: &str, from: u64) -> u64 {
     let mut number = from;
     loop {
         match sender.try_send(&node(to), numbered(number)) {
@@ -181,8 +181,8 @@ async fn a_frame_of_the_whole_capacity_passes(driver: Driver) {
     let (_cluster, n0, n1) = pair(driver);
     let large = Frame::tensor(&(), &[3; 100_000]).unwrap();
     let room = bounds(16, large.size_bytes());
-    let mut here = n0.port(lane("transfer"), room).unwrap();
-    let mut there = n1.port(lane("transfer"), room).unwrap();
+    let mut here = n0.port(lane("rows"), room).unwrap();
+    let mut there = n1.port(lane("rows"), room).unwrap();
     up(&mut here, "n1").await;
     up(&mut there, "n0").await;
     let sender = here.sender();
@@ -199,8 +199,8 @@ async fn a_frame_of_the_whole_capacity_passes(driver: Driver) {
 
 async fn a_waiting_send_resumes_when_there_is_room(driver: Driver) {
     let (_cluster, n0, n1) = pair(driver);
-    let mut here = n0.port(lane("transfer"), bounds(2, 1 << 20)).unwrap();
-    let mut there = n1.port(lane("transfer"), bounds(2, 1 << 20)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(2, 1 << 20)).unwrap();
+    let mut there = n1.port(lane("rows"), bounds(2, 1 << 20)).unwrap();
     up(&mut here, "n1").await;
     up(&mut there, "n0").await;
     let sender = here.sender();
@@ -231,7 +231,7 @@ async fn a_waiting_send_resumes_when_there_is_room(driver: Driver) {
 async fn frames_to_oneself_come_back_within_bounds(driver: Driver) {
     let mut cluster = Cluster::new(driver, &["n0"]);
     let mesh = cluster.mesh("n0");
-    let mut port = mesh.port(lane("transfer"), bounds(3, 1 << 20)).unwrap();
+    let mut port = mesh.port(lane("rows"), bounds(3, 1 << 20)).unwrap();
     let sender = port.sender();
     for round in 0..3 {
         assert_eq!(fill(&sender, "n0", 3 * round), 3);
@@ -264,10 +264,10 @@ async fn a_lane_opened_late_comes_up(driver: Driver) {
 async fn a_slow_lane_does_not_hold_up_another(driver: Driver) {
     let (_cluster, n0, n1) = pair(driver);
     let room = bounds(8, 64 << 20);
-    let mut slow = n0.port(lane("transfer"), room).unwrap();
-    let mut slow_there = n1.port(lane("transfer"), room).unwrap();
-    let mut quick = n0.port(lane("consensus"), room).unwrap();
-    let mut quick_there = n1.port(lane("consensus"), room).unwrap();
+    let mut slow = n0.port(lane("rows"), room).unwrap();
+    let mut slow_there = n1.port(lane("rows"), room).unwrap();
+    let mut quick = n0.port(lane("votes"), room).unwrap();
+    let mut quick_there = n1.port(lane("votes"), room).unwrap();
     up(&mut slow, "n1").await;
     up(&mut quick, "n1").await;
     up(&mut quick_there, "n0").await;
@@ -289,8 +289,8 @@ async fn a_restarted_peer_is_down_then_up(driver: Driver) {
     for (stays, restarts) in [("n0", "n1"), ("n1", "n0")] {
         let mut cluster = Cluster::new(driver, &["n0", "n1"]);
         let (mesh, peer) = (cluster.mesh(stays), cluster.mesh(restarts));
-        let mut port = mesh.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
-        let mut there = peer.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+        let mut port = mesh.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
+        let mut there = peer.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
         up(&mut port, restarts).await;
         up(&mut there, stays).await;
         there.sender().try_send(&node(stays), numbered(1)).unwrap();
@@ -299,7 +299,7 @@ async fn a_restarted_peer_is_down_then_up(driver: Driver) {
         expect(&mut port, restarts, 1).await;
         down(&mut port, restarts).await;
         let peer = cluster.mesh(restarts);
-        let mut there = peer.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+        let mut there = peer.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
         up(&mut port, restarts).await;
         up(&mut there, stays).await;
         // The lanes start anew, with all their room and from the first frame.
@@ -313,9 +313,9 @@ async fn a_restarted_peer_is_down_then_up(driver: Driver) {
 async fn a_lane_opens_again_only_after_its_end_was_taken(driver: Driver) {
     let mut cluster = Cluster::new(driver, &["n0", "n1"]);
     let n0 = cluster.mesh("n0");
-    let mut here = n0.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
     let mut peer = cluster.mesh("n1");
-    let mut there = peer.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+    let mut there = peer.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
     up(&mut here, "n1").await;
     up(&mut there, "n0").await;
     // However often the peer comes and goes meanwhile, one end is in the inbox.
@@ -324,7 +324,7 @@ async fn a_lane_opens_again_only_after_its_end_was_taken(driver: Driver) {
         drop((peer, there));
         state(&n0, "n1", |state| matches!(state, PeerState::Down { .. })).await;
         peer = cluster.mesh("n1");
-        there = peer.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+        there = peer.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
         state(&n0, "n1", |state| matches!(state, PeerState::Up { .. })).await;
         assert_eq!(here.sender().try_send(&node("n1"), numbered(0)), Err(PeerSendError::Down(node("n1"))));
         assert_eq!(there.try_recv(), None);
@@ -338,9 +338,9 @@ async fn a_lane_opens_again_only_after_its_end_was_taken(driver: Driver) {
 async fn unread_frames_keep_their_place_across_restarts(driver: Driver) {
     let mut cluster = Cluster::new(driver, &["n0", "n1"]);
     let n0 = cluster.mesh("n0");
-    let mut here = n0.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
     let peer = cluster.mesh("n1");
-    let mut there = peer.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+    let mut there = peer.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
     up(&mut here, "n1").await;
     up(&mut there, "n0").await;
     assert_eq!(fill(&there.sender(), "n0", 0), 4);
@@ -351,7 +351,7 @@ async fn unread_frames_keep_their_place_across_restarts(driver: Driver) {
     }
     down(&mut here, "n1").await;
     let peer = cluster.mesh("n1");
-    let mut there = peer.port(lane("transfer"), bounds(4, 1 << 20)).unwrap();
+    let mut there = peer.port(lane("rows"), bounds(4, 1 << 20)).unwrap();
     up(&mut there, "n0").await;
     up(&mut here, "n1").await;
     assert_eq!(fill(&there.sender(), "n0", 10), 4);
@@ -363,8 +363,8 @@ async fn unread_frames_keep_their_place_across_restarts(driver: Driver) {
 async fn shutdown_carries_out_what_was_queued(driver: Driver) {
     let (_cluster, n0, n1) = pair(driver);
     let (items, bytes) = ROOMY;
-    let mut here = n0.port(lane("transfer"), bounds(items, bytes)).unwrap();
-    let mut there = n1.port(lane("transfer"), bounds(items, bytes)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(items, bytes)).unwrap();
+    let mut there = n1.port(lane("rows"), bounds(items, bytes)).unwrap();
     up(&mut here, "n1").await;
     up(&mut there, "n0").await;
     let sender = here.sender();
@@ -387,8 +387,8 @@ async fn shutdown_carries_out_what_was_queued(driver: Driver) {
 
 async fn a_stage_that_left_takes_no_more(driver: Driver) {
     let (_cluster, n0, n1) = pair(driver);
-    let mut here = n0.port(lane("transfer"), bounds(2, 1 << 20)).unwrap();
-    let mut there = n1.port(lane("transfer"), bounds(2, 1 << 20)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(2, 1 << 20)).unwrap();
+    let mut there = n1.port(lane("rows"), bounds(2, 1 << 20)).unwrap();
     up(&mut here, "n1").await;
     up(&mut there, "n0").await;
     let back = there.sender();
@@ -405,14 +405,14 @@ async fn a_stage_that_left_takes_no_more(driver: Driver) {
     expect(&mut here, "n1", 7).await;
     back.try_send(&node("n0"), numbered(8)).unwrap();
     expect(&mut here, "n1", 8).await;
-    assert!(n1.port(lane("transfer"), bounds(2, 1 << 20)).is_err(), "a lane is opened once");
+    assert!(n1.port(lane("rows"), bounds(2, 1 << 20)).is_err(), "a lane is opened once");
 }
 
 async fn unknown_absent_and_oversized_are_told_apart(driver: Driver) {
     let mut cluster = Cluster::new(driver, &["n0", "n1", "n2"]);
     let (n0, n1) = (cluster.mesh("n0"), cluster.mesh("n1"));
-    let mut here = n0.port(lane("transfer"), bounds(2, 1000)).unwrap();
-    let _there = n1.port(lane("transfer"), bounds(2, 500)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(2, 1000)).unwrap();
+    let _there = n1.port(lane("rows"), bounds(2, 500)).unwrap();
     up(&mut here, "n1").await;
     let sender = here.sender();
     let large = Frame::tensor(&(), &[0; 600]).unwrap();
@@ -430,13 +430,13 @@ async fn unknown_absent_and_oversized_are_told_apart(driver: Driver) {
 async fn another_epoch_is_refused(driver: Driver) {
     let mut cluster = Cluster::new(driver, &["n0", "n1", "n2"]);
     let n1 = cluster.mesh("n1");
-    let mut port = n1.port(lane("transfer"), bounds(2, 1000)).unwrap();
+    let mut port = n1.port(lane("rows"), bounds(2, 1000)).unwrap();
     let mut other = cluster.roster.clone();
     other.epoch_digest = [8; 32];
     // One that dials, and one that is dialled.
     for (name, refused_here) in [("n0", false), ("n2", true)] {
-        let stray = cluster.mesh_as(net::identity(name), other.clone()).unwrap();
-        let mut theirs = stray.port(lane("transfer"), bounds(2, 1000)).unwrap();
+        let stray = cluster.mesh_as(identity(name), other.clone()).unwrap();
+        let mut theirs = stray.port(lane("rows"), bounds(2, 1000)).unwrap();
         let refusal = |reason: &DownReason| *reason == DownReason::Refused(Refusal::Epoch);
         if refused_here {
             down_because(&n1, name, refusal).await;
@@ -447,21 +447,21 @@ async fn another_epoch_is_refused(driver: Driver) {
     }
     // The one who belongs is let in all the same.
     let n0 = cluster.mesh("n0");
-    let _here = n0.port(lane("transfer"), bounds(2, 1000)).unwrap();
+    let _here = n0.port(lane("rows"), bounds(2, 1000)).unwrap();
     up(&mut port, "n0").await;
 }
 
 async fn another_key_is_refused(driver: Driver) {
     let mut cluster = Cluster::new(driver, &["n0", "n1"]);
     let n1 = cluster.mesh("n1");
-    let mut port = n1.port(lane("transfer"), bounds(2, 1000)).unwrap();
+    let mut port = n1.port(lane("rows"), bounds(2, 1000)).unwrap();
     let pretender = identity_with("n0", 99);
     let unfit = cluster.mesh_as(pretender.clone(), cluster.roster.clone());
     assert!(unfit.is_err(), "a key that is not the roster's is noticed at home");
     let mut forged = cluster.roster.clone();
     forged.members.get_mut(&node("n0")).unwrap().public_key = pretender.public_key();
     let stray = cluster.mesh_as(pretender, forged).unwrap();
-    let _theirs = stray.port(lane("transfer"), bounds(2, 1000)).unwrap();
+    let _theirs = stray.port(lane("rows"), bounds(2, 1000)).unwrap();
     down_because(&stray, "n1", |reason| *reason == DownReason::Refused(Refusal::Unproved)).await;
     assert_eq!(port.try_recv(), None);
 }
@@ -471,17 +471,17 @@ async fn a_member_that_the_peer_does_not_know_is_refused(driver: Driver) {
     let whole = cluster.roster.clone();
     cluster.roster.members.remove(&node("m0"));
     let n1 = cluster.mesh("n1");
-    let mut port = n1.port(lane("transfer"), bounds(2, 1000)).unwrap();
-    let stray = cluster.mesh_as(net::identity("m0"), whole).unwrap();
-    let _theirs = stray.port(lane("transfer"), bounds(2, 1000)).unwrap();
+    let mut port = n1.port(lane("rows"), bounds(2, 1000)).unwrap();
+    let stray = cluster.mesh_as(identity("m0"), whole).unwrap();
+    let _theirs = stray.port(lane("rows"), bounds(2, 1000)).unwrap();
     down_because(&stray, "n1", |reason| *reason == DownReason::Refused(Refusal::Stranger)).await;
     assert_eq!(port.try_recv(), None);
 }
 
 async fn links_are_counted(driver: Driver) {
     let (cluster, n0, n1) = pair(driver);
-    let mut here = n0.port(lane("transfer"), bounds(4, 1000)).unwrap();
-    let mut there = n1.port(lane("transfer"), bounds(4, 1000)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(4, 1000)).unwrap();
+    let mut there = n1.port(lane("rows"), bounds(4, 1000)).unwrap();
     let up_state = state(&n0, "n1", |state| matches!(state, PeerState::Up { .. })).await;
     assert!(matches!(up_state, PeerState::Up { rtt } if rtt < Duration::from_secs(5)));
     assert!(n0.rtt(&node("n1")).is_some() && n0.rtt(&node("n0")).is_none());
@@ -505,8 +505,8 @@ async fn links_are_counted(driver: Driver) {
 
 async fn dropping_the_last_handle_ends_the_links(driver: Driver) {
     let (_cluster, n0, n1) = pair(driver);
-    let mut here = n0.port(lane("transfer"), bounds(4, 1000)).unwrap();
-    let there = n1.port(lane("transfer"), bounds(4, 1000)).unwrap();
+    let mut here = n0.port(lane("rows"), bounds(4, 1000)).unwrap();
+    let there = n1.port(lane("rows"), bounds(4, 1000)).unwrap();
     up(&mut here, "n1").await;
     let sender = there.sender();
     drop((n1, there));

@@ -1,5 +1,4 @@
 //! A peer made by hand from the description of the protocol, to say what no correct peer says.
-#![allow(unreachable_pub)]
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -61,7 +60,7 @@ impl ServerCertVerifier for Trusting {
 
 /// How the encryption layer of the peer is set up.
 #[derive(Clone, Copy, PartialEq, Eq)]
-pub enum Encryption {
+pub(super) enum Encryption {
     Proper,
     /// It shows no key of its own.
     Keyless,
@@ -69,7 +68,7 @@ pub enum Encryption {
     OtherApplication,
 }
 
-pub fn endpoint(encryption: Encryption) -> Endpoint {
+pub(super) fn endpoint(encryption: Encryption) -> Endpoint {
     let provider = Arc::new(rustls::crypto::ring::default_provider());
     let pair = rcgen::KeyPair::generate_for(&rcgen::PKCS_ED25519).unwrap();
     let secret = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(pair.serialize_der()));
@@ -93,19 +92,19 @@ pub fn endpoint(encryption: Encryption) -> Endpoint {
     endpoint
 }
 
-pub async fn connect(endpoint: &Endpoint, address: SocketAddr) -> Result<Connection, ConnectionError> {
+pub(super) async fn connect(endpoint: &Endpoint, address: SocketAddr) -> Result<Connection, ConnectionError> {
     endpoint.connect(address, "anything").unwrap().await
 }
 
-pub struct Hello<'a> {
-    pub from: &'a str,
-    pub to: &'a str,
-    pub epoch: [u8; 32],
-    pub key: [u8; 32],
+pub(super) struct Hello<'a> {
+    pub(super) from: &'a str,
+    pub(super) to: &'a str,
+    pub(super) epoch: [u8; 32],
+    pub(super) key: [u8; 32],
 }
 
 impl Hello<'_> {
-    pub fn bytes(&self, connection: &Connection) -> Vec<u8> {
+    pub(super) fn bytes(&self, connection: &Connection) -> Vec<u8> {
         let mut exporter = [0; 32];
         connection.export_keying_material(&mut exporter, b"EXPORTER-butterfly-link-v1", &[]).unwrap();
         let incarnation = 77_u64;
@@ -136,7 +135,7 @@ impl Hello<'_> {
 }
 
 /// Connects and is welcomed as a member: the connection and the stream of messages.
-pub async fn welcomed(
+pub(super) async fn welcomed(
     endpoint: &Endpoint,
     address: SocketAddr,
     hello: &Hello<'_>,
@@ -152,7 +151,7 @@ pub async fn welcomed(
 }
 
 /// The code with which the other end closed the connection.
-pub async fn closed_with(connection: &Connection) -> u64 {
+pub(super) async fn closed_with(connection: &Connection) -> u64 {
     match connection.closed().await {
         ConnectionError::ApplicationClosed(close) => close.error_code.into_inner(),
         other => panic!("{other}"),
@@ -160,7 +159,7 @@ pub async fn closed_with(connection: &Connection) -> u64 {
 }
 
 /// A frame header with these fields.
-pub fn header(kind: u8, lane: u16, meta_bytes: u32, payload_bytes: u64, sequence: u64) -> Vec<u8> {
+pub(super) fn header(kind: u8, lane: u16, meta_bytes: u32, payload_bytes: u64, sequence: u64) -> Vec<u8> {
     let mut header = vec![0; 64];
     header[..4].copy_from_slice(b"bfly");
     header[4] = 1;
@@ -173,17 +172,17 @@ pub fn header(kind: u8, lane: u16, meta_bytes: u32, payload_bytes: u64, sequence
 }
 
 /// A message with its length.
-pub fn message(parts: &[&[u8]]) -> Vec<u8> {
+pub(super) fn message(parts: &[&[u8]]) -> Vec<u8> {
     let body = parts.concat();
     [&u16::try_from(body.len()).unwrap().to_le_bytes()[..], &body].concat()
 }
 
 /// The message that opens the lane `name` under `number`.
-pub fn open(number: u16, name: &str, items: u64, bytes: u64) -> Vec<u8> {
+pub(super) fn open(number: u16, name: &str, items: u64, bytes: u64) -> Vec<u8> {
     let totals = [items.to_le_bytes(), bytes.to_le_bytes()].concat();
     message(&[&[1], &number.to_le_bytes(), &totals, &totals, name.as_bytes()])
 }
 
-pub fn seed_of(name: &NodeId) -> [u8; 32] {
+pub(super) fn seed_of(name: &NodeId) -> [u8; 32] {
     [name.as_str().bytes().next_back().unwrap(); 32]
 }

@@ -1,17 +1,13 @@
 //! Hostile peers over QUIC: before they are welcomed, and after.
-#![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
-
-mod net;
-#[path = "net/raw.rs"]
-mod raw;
 
 use std::time::Duration;
 
-use butterfly_engine::frame::Frame;
-use butterfly_engine::transport::{DownReason, Mesh, PeerPort, PeerState};
-use net::{Cluster, Driver, bounds, down, down_because, expect, frame, lane, node, up};
 use quinn::{Connection, ConnectionError, Endpoint};
-use raw::{Encryption, Hello, closed_with, connect, header, message, open, welcomed};
+
+use super::super::{Delivery, DownReason, Mesh, PeerPort, PeerState};
+use super::by_hand::{self, Encryption, Hello, closed_with, connect, header, message, open, welcomed};
+use super::{Cluster, Driver, bounds, down, down_because, expect, frame, lane, node, up};
+use crate::frame::Frame;
 
 const FAULT: u64 = 1;
 const REFUSED: u64 = 16;
@@ -25,22 +21,22 @@ const UNPROVED: u64 = REFUSED + 6;
 const LATE: u64 = REFUSED + 7;
 
 fn honest() -> Hello<'static> {
-    Hello { from: "n0", to: "n1", epoch: [7; 32], key: raw::seed_of(&node("n0")) }
+    Hello { from: "n0", to: "n1", epoch: [7; 32], key: by_hand::seed_of(&node("n0")) }
 }
 
 /// The node under attack, the port of its only stage, and the attacker's endpoint.
 fn attacked() -> (Cluster, Mesh, PeerPort, Endpoint) {
     let mut cluster = Cluster::new(Driver::Quic, &["n0", "n1", "n2"]);
     let mesh = cluster.mesh("n1");
-    let port = mesh.port(lane("transfer"), bounds(4, 1000)).unwrap();
-    (cluster, mesh, port, raw::endpoint(Encryption::Proper))
+    let port = mesh.port(lane("rows"), bounds(4, 1000)).unwrap();
+    (cluster, mesh, port, by_hand::endpoint(Encryption::Proper))
 }
 
 #[tokio::test]
 async fn the_encryption_layer_wants_a_key_and_this_application() {
     let (cluster, _mesh, mut port, _) = attacked();
     for encryption in [Encryption::Keyless, Encryption::OtherApplication] {
-        let endpoint = raw::endpoint(encryption);
+        let endpoint = by_hand::endpoint(encryption);
         // A dialler may believe itself connected before it has been judged.
         let error = match connect(&endpoint, cluster.address("n1")).await {
             Ok(connection) => connection.closed().await,
@@ -67,7 +63,11 @@ async fn a_bad_hello_closes_the_connection_with_its_reason() {
         ("a stranger", made(Hello { from: "m0", ..honest() }), STRANGER),
         ("another addressee", made(Hello { to: "n2", ..honest() }), WRONG_NODE),
         ("the node itself", made(Hello { from: "n1", ..honest() }), WRONG_NODE),
-        ("against the direction", made(Hello { from: "n2", key: raw::seed_of(&node("n2")), ..honest() }), DIRECTION),
+        (
+            "against the direction",
+            made(Hello { from: "n2", key: by_hand::seed_of(&node("n2")), ..honest() }),
+            DIRECTION,
+        ),
         ("another key", made(Hello { key: [9; 32], ..honest() }), UNPROVED),
         ("replayed", Box::new(|_| honest().bytes(&elsewhere)), UNPROVED),
     ];
@@ -101,7 +101,7 @@ async fn nothing_is_taken_before_the_welcome() {
     assert!(futures::poll!(&mut second).is_pending());
     // Messages and frames behind an invalid hello have no effect.
     let invalid = Hello { key: [9; 32], ..honest() }.bytes(&connection);
-    send.write_all(&[invalid, open(0, "transfer", 4, 1000), header(1, 0, 0, 0, 0)].concat()).await.unwrap();
+    send.write_all(&[invalid, open(0, "rows", 4, 1000), header(1, 0, 0, 0, 0)].concat()).await.unwrap();
     assert_eq!(closed_with(&connection).await, UNPROVED);
     assert_eq!(port.try_recv(), None);
 }
@@ -111,8 +111,8 @@ async fn a_peer_that_does_not_greet_is_let_go_and_a_flood_keeps_nobody_out() {
     let mut cluster = Cluster::new(Driver::Quic, &["n0", "n1"]);
     cluster.greeting_timeout = Duration::from_millis(200);
     let n1 = cluster.mesh("n1");
-    let mut port = n1.port(lane("transfer"), bounds(4, 1000)).unwrap();
-    let endpoint = raw::endpoint(Encryption::Proper);
+    let mut port = n1.port(lane("rows"), bounds(4, 1000)).unwrap();
+    let endpoint = by_hand::endpoint(Encryption::Proper);
     let address = cluster.address("n1");
     let silent = connect(&endpoint, address).await.unwrap();
     assert_eq!(closed_with(&silent).await, LATE);
@@ -127,7 +127,7 @@ async fn a_peer_that_does_not_greet_is_let_go_and_a_flood_keeps_nobody_out() {
         .collect();
     cluster.greeting_timeout = Duration::from_secs(20);
     let n0 = cluster.mesh("n0");
-    let _there = n0.port(lane("transfer"), bounds(4, 1000)).unwrap();
+    let _there = n0.port(lane("rows"), bounds(4, 1000)).unwrap();
     up(&mut port, "n0").await;
     flood.iter().for_each(tokio::task::JoinHandle::abort);
 }
@@ -136,7 +136,7 @@ async fn a_peer_that_does_not_greet_is_let_go_and_a_flood_keeps_nobody_out() {
 async fn a_peer_made_by_hand_speaks_the_protocol_as_described() {
     let (cluster, _mesh, mut port, endpoint) = attacked();
     let (connection, mut send, _receive) = welcomed(&endpoint, cluster.address("n1"), &honest()).await;
-    send.write_all(&open(9, "transfer", 2, 500)).await.unwrap();
+    send.write_all(&open(9, "rows", 2, 500)).await.unwrap();
     up(&mut port, "n0").await;
     let mut stream = connection.open_uni().await.unwrap();
     for sequence in 0..3_u64 {
@@ -181,9 +181,9 @@ fn offences() -> Vec<Offence> {
         on_messages("an empty message", vec![0, 0]),
         on_messages("an unknown tag", message(&[&[99]])),
         on_messages("a message cut short", message(&[&[2], &[1, 2, 3]])),
-        on_messages("a lane opened twice", open(9, "transfer", 4, 1000)),
-        on_messages("a number used twice", open(9, "consensus", 4, 1000)),
-        on_messages("a lane without end", open(10, "consensus", u64::MAX, u64::MAX)),
+        on_messages("a lane opened twice", open(9, "rows", 4, 1000)),
+        on_messages("a number used twice", open(9, "votes", 4, 1000)),
+        on_messages("a lane without end", open(10, "votes", u64::MAX, u64::MAX)),
         on_messages("a lane with a bad name", open(10, "../etc/passwd", 4, 1000)),
         on_messages("too many lanes", (0..200).flat_map(|lane| open(10 + lane, &format!("l{lane}"), 1, 64)).collect()),
         on_messages("a credit for no lane", message(&[&[2], &7_u16.to_le_bytes(), &[0; 32]])),
@@ -222,12 +222,12 @@ fn offences() -> Vec<Offence> {
 async fn a_welcomed_peer_that_breaks_the_protocol_is_down_and_nobody_else() {
     let (mut cluster, mesh, mut port, endpoint) = attacked();
     let n2 = cluster.mesh("n2");
-    let mut there = n2.port(lane("transfer"), bounds(4, 1000)).unwrap();
+    let mut there = n2.port(lane("rows"), bounds(4, 1000)).unwrap();
     up(&mut port, "n2").await;
     up(&mut there, "n1").await;
     for Offence { what, messages, streams, ends } in offences() {
         let (connection, mut send, _receive) = welcomed(&endpoint, cluster.address("n1"), &honest()).await;
-        send.write_all(&open(9, "transfer", 4, 1000)).await.unwrap();
+        send.write_all(&open(9, "rows", 4, 1000)).await.unwrap();
         up(&mut port, "n0").await;
         // The end of the connection may come before all is written.
         let _ = send.write_all(&messages).await;
@@ -246,9 +246,9 @@ async fn a_welcomed_peer_that_breaks_the_protocol_is_down_and_nobody_else() {
         // Frames that were in order may have been delivered before; then the end.
         loop {
             match port.recv().await.unwrap() {
-                butterfly_engine::transport::Delivery::Frame { from, .. } => assert_eq!(from, node("n0"), "{what}"),
+                Delivery::Frame { from, .. } => assert_eq!(from, node("n0"), "{what}"),
                 other => {
-                    assert_eq!(other, butterfly_engine::transport::Delivery::Down(node("n0")), "{what}");
+                    assert_eq!(other, Delivery::Down(node("n0")), "{what}");
                     break;
                 }
             }
@@ -262,12 +262,12 @@ async fn a_welcomed_peer_that_breaks_the_protocol_is_down_and_nobody_else() {
 async fn a_newer_connection_of_a_member_replaces_the_older() {
     let (cluster, mesh, mut port, endpoint) = attacked();
     let (older, mut send, _keep) = welcomed(&endpoint, cluster.address("n1"), &honest()).await;
-    send.write_all(&open(9, "transfer", 4, 1000)).await.unwrap();
+    send.write_all(&open(9, "rows", 4, 1000)).await.unwrap();
     up(&mut port, "n0").await;
     let mut stale = older.open_uni().await.unwrap();
     let (newer, mut send, _keep) = welcomed(&endpoint, cluster.address("n1"), &honest()).await;
     assert_eq!(closed_with(&older).await, 2);
-    send.write_all(&open(9, "transfer", 4, 1000)).await.unwrap();
+    send.write_all(&open(9, "rows", 4, 1000)).await.unwrap();
     let _ = stale.write_all(&header(1, 0, 0, 0, 0)).await;
     down(&mut port, "n0").await;
     up(&mut port, "n0").await;
@@ -288,9 +288,9 @@ fn a_peer_that_crashes_is_noticed() {
     cluster.idle_timeout = Duration::from_millis(800);
     let (staying, crashing) = (process(), process());
     let mesh = staying.block_on(async { cluster.mesh("n0") });
-    let mut port = mesh.port(lane("transfer"), bounds(4, 1000)).unwrap();
+    let mut port = mesh.port(lane("rows"), bounds(4, 1000)).unwrap();
     let peer = crashing.block_on(async { cluster.mesh("n1") });
-    let _there = peer.port(lane("transfer"), bounds(4, 1000)).unwrap();
+    let _there = peer.port(lane("rows"), bounds(4, 1000)).unwrap();
     staying.block_on(up(&mut port, "n1"));
     crashing.shutdown_background();
     staying.block_on(down(&mut port, "n1"));
@@ -305,11 +305,11 @@ fn a_peer_that_crashes_and_restarts_is_taken_back_without_waiting_for_silence() 
         cluster.idle_timeout = Duration::from_secs(3600);
         let staying = process();
         let mesh = staying.block_on(async { cluster.mesh(stays) });
-        let mut port = mesh.port(lane("transfer"), bounds(4, 1000)).unwrap();
+        let mut port = mesh.port(lane("rows"), bounds(4, 1000)).unwrap();
         for round in 0..3 {
             let living = process();
             let peer = living.block_on(async { cluster.mesh(crashes) });
-            let mut there = peer.port(lane("transfer"), bounds(4, 1000)).unwrap();
+            let mut there = peer.port(lane("rows"), bounds(4, 1000)).unwrap();
             if round > 0 {
                 staying.block_on(down(&mut port, crashes));
             }

@@ -1,65 +1,65 @@
 //! Clusters of meshes for tests, over either driver.
-#![allow(dead_code, unreachable_pub)]
+
+mod by_hand;
+mod hostile;
+mod meshes;
 
 use std::collections::BTreeMap;
 use std::net::{SocketAddr, UdpSocket};
 use std::sync::Arc;
 use std::time::Duration;
 
-use butterfly_engine::channel::Bounds;
-use butterfly_engine::clock::RealClock;
-use butterfly_engine::frame::Frame;
-use butterfly_engine::telemetry::Telemetry;
-use butterfly_engine::transport::{
-    Delivery, DownReason, LinkIdentity, LocalHub, Mesh, NetworkError, PeerPort, PeerState, QuicConfig, Roster,
-    RosterMember,
-};
-use butterfly_topology::{NodeId, StageName};
 use k256::ecdsa::SigningKey;
 
+use super::*;
+use crate::channel::Bounds;
+use crate::clock::RealClock;
+use crate::frame::Frame;
+use crate::telemetry::Telemetry;
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Driver {
+enum Driver {
     Local,
     Quic,
 }
 
-pub fn node(name: &str) -> NodeId {
+fn node(name: &str) -> NodeId {
     NodeId::parse(name).unwrap()
 }
 
-pub fn lane(name: &str) -> StageName {
+fn lane(name: &str) -> StageName {
     StageName::parse(name).unwrap()
 }
 
-pub fn bounds(items: usize, bytes: usize) -> Bounds {
+fn bounds(items: usize, bytes: usize) -> Bounds {
     Bounds { items, bytes }
 }
 
-pub fn identity(name: &str) -> LinkIdentity {
+fn identity(name: &str) -> LinkIdentity {
     identity_with(name, name.bytes().next_back().unwrap_or(1))
 }
 
-pub fn identity_with(name: &str, seed: u8) -> LinkIdentity {
+fn identity_with(name: &str, seed: u8) -> LinkIdentity {
     LinkIdentity::new(node(name), SigningKey::from_slice(&[seed; 32]).unwrap())
 }
 
 /// A control frame that says `number`.
-pub fn numbered(number: u64) -> Frame {
+fn numbered(number: u64) -> Frame {
     Frame::control(&number.to_le_bytes()).unwrap()
 }
 
-pub struct Cluster {
+struct Cluster {
     driver: Driver,
     hub: LocalHub,
-    pub roster: Roster,
+    roster: Roster,
     sockets: BTreeMap<NodeId, UdpSocket>,
     telemetry: BTreeMap<NodeId, Arc<Telemetry>>,
-    pub idle_timeout: Duration,
-    pub greeting_timeout: Duration,
+    idle_timeout: Duration,
+    greeting_timeout: Duration,
 }
 
 impl Cluster {
-    pub fn new(driver: Driver, names: &[&str]) -> Self {
+    fn new(driver: Driver, names: &[&str]) -> Self {
         let (mut sockets, mut members) = (BTreeMap::new(), BTreeMap::new());
         for name in names {
             let socket = UdpSocket::bind("127.0.0.1:0").unwrap();
@@ -79,16 +79,16 @@ impl Cluster {
         }
     }
 
-    pub fn address(&self, name: &str) -> SocketAddr {
+    fn address(&self, name: &str) -> SocketAddr {
         self.roster.members[&node(name)].address
     }
 
     /// The metrics of a node that was started, as text.
-    pub fn metrics(&self, name: &str) -> String {
+    fn metrics(&self, name: &str) -> String {
         self.telemetry[&node(name)].render()
     }
 
-    pub fn mesh(&mut self, name: &str) -> Mesh {
+    fn mesh(&mut self, name: &str) -> Mesh {
         let roster = self.roster.clone();
         self.mesh_as(identity(name), roster).unwrap()
     }
@@ -107,7 +107,7 @@ impl Cluster {
         })
     }
 
-    pub fn mesh_as(&mut self, identity: LinkIdentity, roster: Roster) -> Result<Mesh, NetworkError> {
+    fn mesh_as(&mut self, identity: LinkIdentity, roster: Roster) -> Result<Mesh, NetworkError> {
         let telemetry = Arc::new(Telemetry::new(identity.node().clone()));
         self.telemetry.insert(identity.node().clone(), Arc::clone(&telemetry));
         match self.driver {
@@ -125,17 +125,17 @@ impl Cluster {
 }
 
 /// The next delivery, which must be that the peer is up.
-pub async fn up(port: &mut PeerPort, peer: &str) {
+async fn up(port: &mut PeerPort, peer: &str) {
     assert_eq!(port.recv().await, Some(Delivery::Up(node(peer))));
 }
 
 /// The next delivery, which must be that the peer is down.
-pub async fn down(port: &mut PeerPort, peer: &str) {
+async fn down(port: &mut PeerPort, peer: &str) {
     assert_eq!(port.recv().await, Some(Delivery::Down(node(peer))));
 }
 
 /// The next delivery, which must be a frame from the peer.
-pub async fn frame(port: &mut PeerPort, peer: &str) -> Frame {
+async fn frame(port: &mut PeerPort, peer: &str) -> Frame {
     match port.recv().await {
         Some(Delivery::Frame { from, frame }) if from == node(peer) => frame,
         other => panic!("expected a frame from {peer}, got {other:?}"),
@@ -143,19 +143,19 @@ pub async fn frame(port: &mut PeerPort, peer: &str) -> Frame {
 }
 
 /// The next delivery, which must be the control frame that says `number`.
-pub async fn expect(port: &mut PeerPort, peer: &str, number: u64) {
+async fn expect(port: &mut PeerPort, peer: &str, number: u64) {
     assert_eq!(frame(port, peer).await, numbered(number));
 }
 
 /// Waits until the state of a peer fulfils a condition.
-pub async fn state(mesh: &Mesh, peer: &str, condition: impl Fn(&PeerState) -> bool) -> PeerState {
+async fn state(mesh: &Mesh, peer: &str, condition: impl Fn(&PeerState) -> bool) -> PeerState {
     let mut states = mesh.peers();
     let states = states.wait_for(|states| condition(&states[&node(peer)])).await.unwrap();
     states[&node(peer)].clone()
 }
 
 /// Waits until a peer is down for a certain reason.
-pub async fn down_because(mesh: &Mesh, peer: &str, because: impl Fn(&DownReason) -> bool) -> DownReason {
+async fn down_because(mesh: &Mesh, peer: &str, because: impl Fn(&DownReason) -> bool) -> DownReason {
     let is_so = |state: &PeerState| matches!(state, PeerState::Down { reason, .. } if because(reason));
     match state(mesh, peer, is_so).await {
         PeerState::Down { reason, .. } => reason,
