@@ -170,7 +170,13 @@ async fn ask(client: &mut Client, workload: Workload, index: u64, max_tokens: u3
     done
 }
 
-async fn answer(client: &mut Client, workload: Workload, index: u64, max_tokens: u32, done: &mut Done) -> anyhow::Result<()> {
+async fn answer(
+    client: &mut Client,
+    workload: Workload,
+    index: u64,
+    max_tokens: u32,
+    done: &mut Done,
+) -> anyhow::Result<()> {
     let (status, body) = client.call("POST", workload.path(), workload.body(index, max_tokens)).await?;
     done.status = status;
     if status == 200 {
@@ -181,7 +187,13 @@ async fn answer(client: &mut Client, workload: Workload, index: u64, max_tokens:
 }
 
 /// Reads a stream of server-sent events. A stream that ends without `[DONE]` is an error, however cleanly it closes.
-async fn stream(client: &mut Client, workload: Workload, index: u64, max_tokens: u32, done: &mut Done) -> anyhow::Result<()> {
+async fn stream(
+    client: &mut Client,
+    workload: Workload,
+    index: u64,
+    max_tokens: u32,
+    done: &mut Done,
+) -> anyhow::Result<()> {
     let response = client.send("POST", workload.path(), workload.body(index, max_tokens)).await?;
     done.status = response.status().as_u16();
     let mut body = response.into_body();

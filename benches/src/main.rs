@@ -132,7 +132,8 @@ async fn measure(args: &Run, with_stages: bool) -> anyhow::Result<Report> {
             .await?
         }
     };
-    let load = Load { rate: args.rate, connections: args.connections, workload: args.workload, max_tokens: args.max_tokens };
+    let load =
+        Load { rate: args.rate, connections: args.connections, workload: args.workload, max_tokens: args.max_tokens };
     if args.warm_up > 0 {
         load.run(target.address(), Duration::from_secs(args.warm_up)).await?;
     }

@@ -112,7 +112,11 @@ fn hgrm(histogram: &Histogram<u64>) -> Result<String, fmt::Error> {
 
 impl Display for Report {
     fn fmt(&self, f: &mut Formatter<'_>) -> fmt::Result {
-        writeln!(f, "{} at {:.0}/s: sent {:.1}/s, verified {:.1}/s", self.workload, self.target_rate, self.sent_rate, self.done_rate)?;
+        writeln!(
+            f,
+            "{} at {:.0}/s: sent {:.1}/s, verified {:.1}/s",
+            self.workload, self.target_rate, self.sent_rate, self.done_rate
+        )?;
         writeln!(
             f,
             "{} sent, {} ok, {} refused (429), {} errors; {} receipts checked offline",
@@ -124,9 +128,15 @@ impl Display for Report {
         if self.tokens_rate > 0.0 {
             writeln!(f, "{:.1} tokens/s", self.tokens_rate)?;
         }
-        writeln!(f, "\n{:<24}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}", "milliseconds", "p50", "p90", "p95", "p99", "p99.9", "max")?;
+        writeln!(
+            f,
+            "\n{:<24}{:>10}{:>10}{:>10}{:>10}{:>10}{:>10}",
+            "milliseconds", "p50", "p90", "p95", "p99", "p99.9", "max"
+        )?;
         row(f, "latency", &self.latency_ms)?;
-        for (name, quantiles) in [("time to first token", &self.first_token_ms), ("between tokens", &self.inter_token_ms)] {
+        for (name, quantiles) in
+            [("time to first token", &self.first_token_ms), ("between tokens", &self.inter_token_ms)]
+        {
             if let Some(quantiles) = quantiles {
                 row(f, name, quantiles)?;
             }
@@ -137,7 +147,11 @@ impl Display for Report {
 }
 
 fn row(f: &mut Formatter<'_>, name: &str, q: &Quantiles) -> fmt::Result {
-    writeln!(f, "{name:<24}{:>10.2}{:>10.2}{:>10.2}{:>10.2}{:>10.2}{:>10.2}", q.p50, q.p90, q.p95, q.p99, q.p99_9, q.max)
+    writeln!(
+        f,
+        "{name:<24}{:>10.2}{:>10.2}{:>10.2}{:>10.2}{:>10.2}{:>10.2}",
+        q.p50, q.p90, q.p95, q.p99, q.p99_9, q.max
+    )
 }
 
 fn profile_table(f: &mut Formatter<'_>, profile: &Profile) -> fmt::Result {

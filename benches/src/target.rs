@@ -3,10 +3,10 @@
 use std::net::SocketAddr;
 
 use anyhow::Context;
-use bytes::Bytes;
 use butterfly::loopback::{Cluster, Loopback};
 use butterfly_engine::telemetry::Profile;
 use butterfly_verify::{Answer, Epoch, Receipt, Request};
+use bytes::Bytes;
 
 use crate::client::Client;
 

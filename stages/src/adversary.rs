@@ -88,7 +88,9 @@ impl Behaviour {
 
 /// No behaviour has this name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("no adversary behaviour is called '{0}'; there are wrong-activations, wrong-vote, feed-back-other, silent, crash and collude")]
+#[error(
+    "no adversary behaviour is called '{0}'; there are wrong-activations, wrong-vote, feed-back-other, silent, crash and collude"
+)]
 pub struct UnknownBehaviour(pub String);
 
 impl FromStr for Behaviour {

@@ -78,7 +78,9 @@ pub enum CoordinationError {
         slice: usize,
     },
     /// More nodes contradict each other than the cluster tolerates.
-    #[error("verification failed: the replicas of slice {slice} contradict each other, and no answer has f+1 equal votes")]
+    #[error(
+        "verification failed: the replicas of slice {slice} contradict each other, and no answer has f+1 equal votes"
+    )]
     ByzantineViolation {
         /// The slice.
         slice: usize,
@@ -163,7 +165,9 @@ impl Accountable for ButterflyError {
         match self {
             Self::Scheduling(SchedulingError::QueueFull { retry_after, .. }) => Retry::After(*retry_after),
             Self::Scheduling(SchedulingError::CoordinationUnavailable { .. })
-            | Self::Coordination(CoordinationError::ConsensusTimeout { .. } | CoordinationError::InsufficientNodes { .. })
+            | Self::Coordination(
+                CoordinationError::ConsensusTimeout { .. } | CoordinationError::InsufficientNodes { .. },
+            )
             | Self::Network(_)
             | Self::Api(ApiError::ServiceUnavailable(_))
             | Self::Draining => Retry::After(Duration::from_secs(1)),

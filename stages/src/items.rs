@@ -6,8 +6,8 @@
 use std::sync::Arc;
 
 use butterfly_engine::channel::Item;
-use butterfly_topology::plan::Plan;
 use butterfly_topology::NodeId;
+use butterfly_topology::plan::Plan;
 use butterfly_verify::{Answer, Digest, Evidence, Input, Receipt};
 
 use crate::error::TaskError;

@@ -73,7 +73,9 @@ pub enum NodeError {
         known: String,
     },
     /// The key is not the one the topology names.
-    #[error("the key of '{node}' is {found}, but the topology says {expected}; correct `public_key`, or use the right key file")]
+    #[error(
+        "the key of '{node}' is {found}, but the topology says {expected}; correct `public_key`, or use the right key file"
+    )]
     WrongKey {
         /// The node.
         node: NodeId,
@@ -83,10 +85,14 @@ pub enum NodeError {
         expected: String,
     },
     /// The consensus stage is told something that cannot be kept.
-    #[error("stage consensus: verify = \"none\" takes one node's word, but max_byzantine is {0}; use \"full\", or set max_byzantine = 0")]
+    #[error(
+        "stage consensus: verify = \"none\" takes one node's word, but max_byzantine is {0}; use \"full\", or set max_byzantine = 0"
+    )]
     Unverified(usize),
     /// A liar in a build without liars.
-    #[error("node '{0}' has `adversary` set, and this build has no adversary in it; remove the key, or build with --features adversary")]
+    #[error(
+        "node '{0}' has `adversary` set, and this build has no adversary in it; remove the key, or build with --features adversary"
+    )]
     NoAdversary(NodeId),
     /// A socket could not be bound.
     #[error("no port could be bound: {0}")]
@@ -282,7 +288,9 @@ impl Node {
     pub async fn meshed(&self) {
         let mut peers = self.services.peers.clone();
         let others = self.services.topology.cluster.nodes.len() - 1;
-        let _ = peers.wait_for(|peers| peers.values().filter(|peer| matches!(peer, PeerState::Up { .. })).count() >= others).await;
+        let _ = peers
+            .wait_for(|peers| peers.values().filter(|peer| matches!(peer, PeerState::Up { .. })).count() >= others)
+            .await;
     }
 
     /// The node's shared things.
@@ -342,7 +350,10 @@ fn unknown(topology: &Topology, node: &NodeId) -> NodeError {
 #[cfg(feature = "adversary")]
 fn behaviour(topology: &Topology, node: &NodeId) -> Result<Option<Behaviour>, NodeError> {
     let named = topology.cluster.node(node).and_then(|spec| spec.adversary.as_deref());
-    named.map(str::parse).transpose().map_err(|error: crate::adversary::UnknownBehaviour| NodeError::Topology(error.to_string()))
+    named
+        .map(str::parse)
+        .transpose()
+        .map_err(|error: crate::adversary::UnknownBehaviour| NodeError::Topology(error.to_string()))
 }
 
 fn log_name(topology: &Topology) -> String {

@@ -26,9 +26,9 @@ use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::task::{JoinError, JoinHandle};
 
+pub(crate) use crate::compute::gate::Gate;
 use crate::compute::pass::{Open, Pass, Passed, Slices};
 use crate::compute::session::Session;
-pub(crate) use crate::compute::gate::Gate;
 pub(crate) use crate::compute::session::Work;
 use crate::items::{Boundary, Outcome, RequestId, Step};
 use crate::model::{ModelError, SliceModel};

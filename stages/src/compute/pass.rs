@@ -172,7 +172,9 @@ fn forward(slices: &Slices, slice: &SliceModel, pool: &Pool, batch: Vec<(&mut Se
     let mut steps: Vec<SequenceStep<'_>> = batch
         .iter_mut()
         .zip(&lies)
-        .map(|((session, work), lie)| SequenceStep::new(session.sequence_mut(), lie.as_ref().unwrap_or(work).as_input()))
+        .map(|((session, work), lie)| {
+            SequenceStep::new(session.sequence_mut(), lie.as_ref().unwrap_or(work).as_input())
+        })
         .collect();
     if let Err(error) = slice.forward(pool, &mut steps) {
         // Every step has been checked, so what is left concerns the whole process.

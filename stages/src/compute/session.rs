@@ -54,7 +54,9 @@ enum Row {
 impl PartialEq for Row {
     fn eq(&self, other: &Self) -> bool {
         match (self, other) {
-            (Self::Values(a), Self::Values(b)) => bytemuck::cast_slice::<f32, u8>(a) == bytemuck::cast_slice::<f32, u8>(b),
+            (Self::Values(a), Self::Values(b)) => {
+                bytemuck::cast_slice::<f32, u8>(a) == bytemuck::cast_slice::<f32, u8>(b)
+            }
             (Self::Numeric, Self::Numeric) => true,
             _ => false,
         }
@@ -488,7 +490,11 @@ fn admit(body: &Request, model: &Model) -> Result<(), OpenError> {
         }
         (Input::Text { tokens, .. } | Input::Tokens { tokens }, Architecture::Llama) => {
             if tokens.len() >= manifest.context_length {
-                return unfit(format!("{} tokens leave no room in a context of {}", tokens.len(), manifest.context_length));
+                return unfit(format!(
+                    "{} tokens leave no room in a context of {}",
+                    tokens.len(),
+                    manifest.context_length
+                ));
             }
             if let Some(token) = tokens.iter().find(|token| **token as usize >= manifest.vocabulary) {
                 return unfit(format!("token {token} is outside the vocabulary of {}", manifest.vocabulary));

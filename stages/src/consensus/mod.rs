@@ -307,7 +307,11 @@ impl State {
         let metrics = self.services.telemetry.metrics();
         metrics.evidence_total.of(&(&node).into()).inc();
         self.services.telemetry.events().emit_with(|| {
-            Event::new("accused").node(&node).request(rd).with("kind", kind).with("grade", format!("{:?}", evidence.grade()))
+            Event::new("accused")
+                .node(&node)
+                .request(rd)
+                .with("kind", kind)
+                .with("grade", format!("{:?}", evidence.grade()))
         });
         let kept = self.evidence_kept.entry((accused, kind)).or_default();
         if *kept < EVIDENCE_KEPT_MAX {
@@ -339,9 +343,10 @@ impl State {
                 self.services.standing.accused(report.accused, audit::WRONG_TAG);
                 let Some(node) = self.services.node_id(report.accused) else { continue };
                 tracing::warn!(%node, rd = %report.rd, "f+1 replicas say that a node did not do the work it voted on");
-                self.services.telemetry.events().emit_with(|| {
-                    Event::new("accused").node(&node).request(report.rd).with("kind", audit::WRONG_TAG)
-                });
+                self.services
+                    .telemetry
+                    .events()
+                    .emit_with(|| Event::new("accused").node(&node).request(report.rd).with("kind", audit::WRONG_TAG));
             }
         }
     }
@@ -375,10 +380,7 @@ impl State {
             self.services.standing.silent(node);
             let Some(node) = self.services.node_id(node) else { continue };
             tracing::info!(%node, %rd, "no vote came in time");
-            self.services
-                .telemetry
-                .events()
-                .emit_with(|| Event::new("unavailable").node(&node).request(rd));
+            self.services.telemetry.events().emit_with(|| Event::new("unavailable").node(&node).request(rd));
         }
     }
 }

@@ -7,9 +7,7 @@ use std::time::Duration;
 use butterfly_engine::telemetry::{VerificationLabels, VerificationResult};
 use butterfly_engine::transport::PeerState;
 use butterfly_topology::NodeId;
-use butterfly_verify::{
-    Answer, Audit, Epoch, Evidence, NodeIndex, Receipt, Request, SignedBallot, Tally, TallyEvent,
-};
+use butterfly_verify::{Answer, Audit, Epoch, Evidence, NodeIndex, Receipt, Request, SignedBallot, Tally, TallyEvent};
 
 use crate::compute::Gate;
 use crate::consensus::audit::Audits;
@@ -63,7 +61,13 @@ impl Open {
     }
 
     /// Takes a ballot into the tally and audits tags as far as the own outcome allows.
-    pub(crate) fn ballot(&mut self, ballot: SignedBallot, audits: &Audits, services: &Services, now: Duration) -> Vec<Verdict> {
+    pub(crate) fn ballot(
+        &mut self,
+        ballot: SignedBallot,
+        audits: &Audits,
+        services: &Services,
+        now: Duration,
+    ) -> Vec<Verdict> {
         let (slice, signer) = (ballot.vote().slice, ballot.signer());
         self.voted.insert((slice, signer));
         let mut verdicts = Vec::new();
@@ -85,7 +89,9 @@ impl Open {
                     verdicts.push(Verdict::Accused(evidence));
                 }
                 TallyEvent::SliceCertified { .. } | TallyEvent::Decided { .. } | TallyEvent::Impossible { .. } => {}
-                TallyEvent::Ignored { signer, reason, .. } => tracing::debug!(?signer, ?reason, "a vote does not count"),
+                TallyEvent::Ignored { signer, reason, .. } => {
+                    tracing::debug!(?signer, ?reason, "a vote does not count")
+                }
             }
         }
         if !accused {

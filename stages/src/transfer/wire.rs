@@ -200,7 +200,9 @@ mod tests {
 
     #[test]
     fn a_shape_that_does_not_fit_its_payload_is_refused() {
-        for (rows, width, content) in [(3, 4, CONTENT_ROWS), (2, 0, CONTENT_ROWS), (u32::MAX, 1, CONTENT_TOKENS), (2, 4, 9)] {
+        for (rows, width, content) in
+            [(3, 4, CONTENT_ROWS), (2, 0, CONTENT_ROWS), (u32::MAX, 1, CONTENT_TOKENS), (2, 4, 9)]
+        {
             let meta = BoundaryMeta { rd: [0; 32], attempt: 0, position: 0, rows, width, slice: 0, content };
             let frame = Frame::tensor(&meta, &[0; 32]).unwrap();
             assert!(matches!(read(&frame), Err(WireError::Shape { .. })), "{rows} x {width}, content {content}");

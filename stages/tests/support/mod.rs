@@ -19,7 +19,8 @@ use tokio::net::TcpStream;
 
 /// The reference of the built-in model: prompts, and the tokens greedy decoding gives.
 pub fn reference() -> Vec<(String, Vec<u32>)> {
-    let text = std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-rust-reference.json")).unwrap();
+    let text =
+        std::fs::read_to_string(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tiny-rust-reference.json")).unwrap();
     let document: Value = serde_json::from_str(&text).unwrap();
     let tokens = |ids: &Value| ids.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect();
     let cases = document["cases"].as_array().unwrap();
@@ -193,7 +194,8 @@ pub async fn verified(address: SocketAddr, id: &str, epoch: &Epoch) -> (Request,
 pub async fn until_node(address: SocketAddr, node: &str, says: impl Fn(&Value) -> bool) -> Value {
     loop {
         let (_, health) = call(address, "GET", "/health", None).await.unwrap();
-        let entry = health["nodes"].as_array().and_then(|nodes| nodes.iter().find(|entry| entry["id"] == node).cloned());
+        let entry =
+            health["nodes"].as_array().and_then(|nodes| nodes.iter().find(|entry| entry["id"] == node).cloned());
         if let Some(entry) = entry.filter(|entry| says(entry)) {
             return entry;
         }

@@ -125,7 +125,8 @@ async fn start(args: &Args, data: &Path, stage: &Stage) -> Result<Cluster, Failu
     stage.title();
     let began = Instant::now();
     let loopback = Loopback { adversaries: BTreeMap::from([(LIAR, lie)]), ..Loopback::default() };
-    let failed = |error: butterfly::node::NodeError| Failure::environment(format!("the cluster does not start: {error}"));
+    let failed =
+        |error: butterfly::node::NodeError| Failure::environment(format!("the cluster does not start: {error}"));
     let cluster = loopback.start(data).await.map_err(failed)?;
     cluster.meshed().await;
     stage.cluster(&cluster, lie, began.elapsed());
@@ -219,7 +220,9 @@ fn caught(event: &Event) -> Option<Caught> {
             };
             Some(Caught { node, how: how.into() })
         }
-        "unavailable" => Some(Caught { node, how: "it did not vote; that is unavailability, not proof of a lie".into() }),
+        "unavailable" => {
+            Some(Caught { node, how: "it did not vote; that is unavailability, not proof of a lie".into() })
+        }
         _ => None,
     }
 }
@@ -299,7 +302,12 @@ async fn fetch(address: SocketAddr, path: &str) -> Result<Value, Failure> {
     serde_json::from_slice(&body).map_err(|error| Failure::new(Exit::Failure, format!("{path}: {error}")))
 }
 
-async fn send(address: SocketAddr, method: &str, path: &str, body: String) -> Result<hyper::Response<Incoming>, Failure> {
+async fn send(
+    address: SocketAddr,
+    method: &str,
+    path: &str,
+    body: String,
+) -> Result<hyper::Response<Incoming>, Failure> {
     let failed = |error: &dyn std::fmt::Display| Failure::new(Exit::Failure, format!("{method} {path}: {error}"));
     let stream = tokio::net::TcpStream::connect(address).await.map_err(|error| failed(&error))?;
     let (mut sender, connection) = http1::handshake(TokioIo::new(stream)).await.map_err(|error| failed(&error))?;
@@ -352,7 +360,10 @@ impl Stage {
                 0 => (self.ink.good("●"), "honest, and the gateway".into()),
                 _ => (self.ink.good("●"), "honest".into()),
             };
-            self.label(if index == 0 { "cluster" } else { "" }, &format!("{mark} {}  {domain:<6} {role}", services.node));
+            self.label(
+                if index == 0 { "cluster" } else { "" },
+                &format!("{mark} {}  {domain:<6} {role}", services.node),
+            );
         }
         let text = format!("all three linked over QUIC in {} ms; any one of them may lie (f = 1)", elapsed.as_millis());
         self.label("", &self.ink.faint(&text));
@@ -360,7 +371,10 @@ impl Stage {
     }
 
     fn question(&self, address: SocketAddr, prompt: &str) {
-        self.label("ask", &format!("POST http://{address}/v1/completions  {}", self.ink.strong(&format!("{prompt:?}"))));
+        self.label(
+            "ask",
+            &format!("POST http://{address}/v1/completions  {}", self.ink.strong(&format!("{prompt:?}"))),
+        );
         self.line("");
         if !self.quiet {
             print!("    {}", self.ink.strong(&indented(prompt)));

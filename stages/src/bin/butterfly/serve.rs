@@ -143,9 +143,10 @@ fn write_epoch(topology: &Topology, nodes: &[Node], base_dir: &Path) -> Result<(
 
 fn cannot(node: &NodeId, error: &NodeError) -> Failure {
     let failure = match error {
-        NodeError::Topology(_) | NodeError::UnknownNode { .. } | NodeError::Unverified(_) | NodeError::NoAdversary(_) => {
-            Failure::new(Exit::InvalidTopology, format!("node {node}: {error}"))
-        }
+        NodeError::Topology(_)
+        | NodeError::UnknownNode { .. }
+        | NodeError::Unverified(_)
+        | NodeError::NoAdversary(_) => Failure::new(Exit::InvalidTopology, format!("node {node}: {error}")),
         _ => Failure::environment(format!("node {node} cannot start: {error}")),
     };
     match error {

@@ -211,10 +211,7 @@ fn tell_verified(case: &Case, verified: &Verified, comparison: &Comparison, glob
         lines.push(format!("  compared  {}", comparison.compared.join(", ")));
     }
     if !comparison.skipped.is_empty() {
-        lines.push(format!(
-            "  {}",
-            ink.faint(&format!("not compared: {}", comparison.skipped.join(", ")))
-        ));
+        lines.push(format!("  {}", ink.faint(&format!("not compared: {}", comparison.skipped.join(", ")))));
     }
     if verified.is_complete() && verified.is_verified() {
         let text = format!(

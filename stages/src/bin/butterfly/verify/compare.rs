@@ -26,7 +26,9 @@ impl Comparison {
                 "temperature" => Some(same_float(sent, params.temperature)),
                 "top_p" => Some(same_float(sent, params.top_p)),
                 // -1 is another way to say that every token is a candidate.
-                "top_k" => Some((sent.as_i64().map(|k| k.max(0)) == Some(params.top_k.into()), params.top_k.to_string())),
+                "top_k" => {
+                    Some((sent.as_i64().map(|k| k.max(0)) == Some(params.top_k.into()), params.top_k.to_string()))
+                }
                 "presence_penalty" => Some(same_float(sent, params.presence_penalty)),
                 "frequency_penalty" => Some(same_float(sent, params.frequency_penalty)),
                 "ignore_eos" => Some((sent.as_bool() == Some(params.ignore_eos), params.ignore_eos.to_string())),
