@@ -226,7 +226,7 @@ impl<'a> Assembly<'a> {
         let bytes = config.bytes("peer_capacity_bytes").and_then(|bytes| usize::try_from(bytes).ok());
         let bounds = Bounds { items: items.unwrap_or(PEER_ITEMS_DEFAULT), bytes: bytes.unwrap_or(PEER_BYTES_DEFAULT) };
         match mesh.port(stage.clone(), bounds) {
-            Ok(port) => Some(port),
+            Ok(port) => Some(port.accounted(part.states.clone())),
             Err(source) => {
                 self.errors.push(BuildError::NoLane { stage, source: Box::new(source) });
                 None
