@@ -172,6 +172,16 @@ impl Journal {
         self.failure.borrow().clone()
     }
 
+    /// Resolves with that error when there is one. Safe to cancel.
+    pub async fn failed(&self) -> JournalError {
+        // The other end is gone only when the thread has panicked.
+        let mut failure = self.failure.clone();
+        match failure.wait_for(Option::is_some).await {
+            Ok(failure) => failure.clone().unwrap_or(JournalError::Closed),
+            Err(_) => JournalError::Closed,
+        }
+    }
+
     async fn change(&self, changes: Vec<Change>) -> Result<Vec<bool>, JournalError> {
         if changes.is_empty() {
             return Ok(Vec::new());

@@ -69,7 +69,12 @@ impl Ask {
     ///
     /// # Errors
     /// Names the first field that cannot be kept.
-    pub(super) fn new(fields: &mut Fields, field: &'static str, input: AskInput, rules: Rules) -> Result<Self, Failure> {
+    pub(super) fn new(
+        fields: &mut Fields,
+        field: &'static str,
+        input: AskInput,
+        rules: Rules,
+    ) -> Result<Self, Failure> {
         fields.refuse_unsupported()?;
         let temperature = fields.number("temperature", 0.0..=2.0)?.unwrap_or(rules.temperature);
         if temperature > 0.0 && temperature < TEMPERATURE_MIN {

@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::body::{Body, HttpBody};
+use axum::http::StatusCode;
 use butterfly_engine::clock::{Clock, timeout};
 use http_body_util::BodyExt;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -21,6 +22,11 @@ const BODIES_BYTES: usize = 256 << 20;
 const GRACE: Duration = Duration::from_secs(10);
 /// Bytes per second that a client must send after that, on average.
 const RATE_MIN: u64 = 16 << 10;
+/// Bytes of a refused body that are read and dropped. Many clients send all before they read, and would see a reset
+/// connection instead of the refusal.
+const DISCARD_BYTES_MAX: usize = 16 << 20;
+/// How long they are read.
+const DISCARD_WITHIN: Duration = Duration::from_secs(2);
 /// The unit in which the budget is counted.
 const UNIT: usize = 1 << 10;
 
@@ -53,6 +59,27 @@ impl BodyReader {
     /// # Errors
     /// When it is too large, too slow, ends early, or when other bodies take all the room.
     pub(super) async fn read(&self, mut body: Body) -> Result<ReadBody, Failure> {
+        let result = self.read_within(&mut body).await;
+        if result.as_ref().is_err_and(|failure| failure.status != StatusCode::REQUEST_TIMEOUT) {
+            self.discard(body).await;
+        }
+        result
+    }
+
+    /// Reads a body that is refused, and keeps nothing: to its end, or as far as patience goes.
+    pub(super) async fn discard(&self, mut body: Body) {
+        let mut bytes = 0;
+        let read = async {
+            while bytes <= DISCARD_BYTES_MAX {
+                let Some(Ok(frame)) = body.frame().await else { return };
+                bytes += frame.data_ref().map_or(0, bytes::Bytes::len);
+            }
+        };
+        // Whether it came to its end makes no difference to the refusal.
+        let _ = timeout(&*self.clock, DISCARD_WITHIN, read).await;
+    }
+
+    async fn read_within(&self, body: &mut Body) -> Result<ReadBody, Failure> {
         let announced = body.size_hint().lower();
         if usize::try_from(announced).map_or(true, |announced| announced > self.bytes_max) {
             return Err(Failure::request_too_large(self.bytes_max));
@@ -84,7 +111,6 @@ impl BodyReader {
 mod tests {
     use std::convert::Infallible;
 
-    use axum::http::StatusCode;
     use butterfly_engine::clock::ManualClock;
     use bytes::Bytes;
     use futures::stream;

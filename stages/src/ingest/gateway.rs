@@ -125,7 +125,12 @@ impl Drop for Waiting {
 impl Gateway {
     /// A gateway that sends into `output`.
     #[must_use]
-    pub(super) fn new(services: Services, output: Sender<items::Request>, readiness: Readiness, shutdown: Shutdown) -> Self {
+    pub(super) fn new(
+        services: Services,
+        output: Sender<items::Request>,
+        readiness: Readiness,
+        shutdown: Shutdown,
+    ) -> Self {
         let graph = &services.topology.graph;
         let verify = graph.of_kind("consensus").next().and_then(|stage| stage.config.text("verify"));
         let mode = cluster_mode(verify, services.topology.cluster.max_byzantine);

@@ -38,6 +38,7 @@ mod settings;
 mod stream;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use butterfly_engine::channel::Sender;
@@ -45,7 +46,7 @@ use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_topology::StageConfig;
 use butterfly_verify::Request;
 use futures::FutureExt;
-use futures::future::BoxFuture;
+use futures::future::{BoxFuture, join_all};
 use tokio::net::TcpListener;
 
 pub use board::{Board, CancellationReceiver, Completed, NewTask, Status, TaskResult};
@@ -53,7 +54,7 @@ pub use errors::{Failure, FailureBody};
 pub use reply::{Reply, ReplyReceiver, ReplySender, reply};
 
 use crate::assign::readiness;
-use crate::commit::{Open, Outcome, Settled, TaskKind};
+use crate::commit::{JournalError, Open, Outcome, Settled, TaskKind};
 use crate::error::{ApiError, TaskError};
 use crate::items;
 use crate::services::Services;
@@ -110,26 +111,41 @@ impl IngestStage {
         tracing::info!(%address, "the gateway takes requests");
         context.ready();
 
-        let over = async {
-            context.shutdown.draining().await;
-            tokio::select! {
-                () = board.drained() => {}
-                () = context.shutdown.completing() => {}
-            }
-        };
-        tokio::select! {
-            () = over => {}
-            () = server.accept() => {}
-            () = sweep(&front.gateway, request_timeout) => {}
-            () = bury(&board) => {}
-            () = resubmit(&front.gateway, left_open) => {}
-        }
-        tokio::select! {
-            () = server.finish() => {}
-            () = context.shutdown.completing() => {}
-        }
+        let result = tend(&front.gateway, &mut server, left_open, request_timeout).await;
         drop(hold);
-        Ok(())
+        result
+    }
+}
+
+/// Takes requests until the node stops, and finishes those it has.
+async fn tend(
+    gateway: &Gateway,
+    server: &mut Server,
+    left_open: Vec<Arc<Request>>,
+    request_timeout: Duration,
+) -> Result<(), StageError> {
+    let (board, shutdown) = (&gateway.services.board, &gateway.shutdown);
+    let mut care = std::pin::pin!(care(gateway, request_timeout));
+    let drained = async {
+        shutdown.draining().await;
+        board.drained().await;
+    };
+    tokio::select! {
+        () = drained => {}
+        () = shutdown.completing() => {}
+        () = server.accept() => {}
+        () = resubmit(gateway, left_open) => {}
+        failed = &mut care => return Err(failed),
+    }
+    // A request that came in just before is finished like those before it.
+    let finished = async {
+        server.finish().await;
+        board.drained().await;
+    };
+    tokio::select! {
+        () = finished => Ok(()),
+        () = shutdown.completing() => Ok(()),
+        failed = &mut care => Err(failed),
     }
 }
 
@@ -183,38 +199,60 @@ fn take_up(services: &Services, entry: &Open) -> Result<Arc<Request>, TaskError>
     Ok(request)
 }
 
-/// Hands requests on that a crash left open, once enough nodes are there to answer them. Then does nothing for ever.
+/// Hands requests on that a crash left open, once enough nodes are there to answer them. Those that are still here when the
+/// node stops stay in the log for the next start. Then does nothing for ever.
 async fn resubmit(gateway: &Gateway, left_open: Vec<Arc<Request>>) {
     let services = &gateway.services;
-    if !left_open.is_empty() {
+    let handed_on = AtomicUsize::new(0);
+    let hand_on = async {
         let mut peers = services.peers.clone();
         let max_byzantine = services.topology.cluster.max_byzantine;
+        let is_quorum = |peers: &_| readiness(&services.plan, peers, &services.node, max_byzantine).is_ok();
         // The watch ends only with the node.
-        let _ = peers.wait_for(|peers| readiness(&services.plan, peers, &services.node, max_byzantine).is_ok()).await;
+        let _ = peers.wait_for(is_quorum).await;
         gateway.readiness.ready().await;
-    }
-    for request in &left_open {
-        if !gateway.resubmit(request, RESUBMIT_PAUSE).await {
-            break;
+        for request in &left_open {
+            if !gateway.resubmit(request, RESUBMIT_PAUSE).await {
+                break;
+            }
+            handed_on.fetch_add(1, Ordering::Relaxed);
         }
+    };
+    if !left_open.is_empty() {
+        tokio::select! {
+            () = hand_on => {}
+            () = gateway.shutdown.draining() => {}
+        }
+        let rest = left_open.get(handed_on.load(Ordering::Relaxed)..).unwrap_or_default();
+        rest.iter().for_each(|request| services.board.withdraw(&request.digest()));
     }
     std::future::pending().await
 }
 
-/// Fails tasks that are out of time.
-async fn sweep(gateway: &Gateway, request_timeout: Duration) {
-    let board = &gateway.services.board;
-    loop {
-        gateway.services.clock.sleep(SWEEP_EVERY).await;
-        for (rd, had) in board.stalled(request_timeout) {
-            board.fail(&rd, TaskError::DeadlineExceeded(had)).await;
+/// Looks after living tasks, for ever: fails those that are out of time, and buries those whose clients have gone. Gives the
+/// error after which nothing can be promised any more.
+async fn care(gateway: &Gateway, request_timeout: Duration) -> StageError {
+    let services = &gateway.services;
+    let sweep = async {
+        loop {
+            services.clock.sleep(SWEEP_EVERY).await;
+            // Together, so that they share transactions.
+            let stalled = services.board.stalled(request_timeout).into_iter();
+            join_all(stalled.map(|(rd, had)| async move {
+                services.board.fail(&rd, TaskError::DeadlineExceeded(had)).await;
+            }))
+            .await;
         }
-    }
-}
-
-/// Writes the ends of tasks whose clients have gone away.
-async fn bury(board: &Board) {
-    loop {
-        board.bury().await;
-    }
+    };
+    let bury = async {
+        loop {
+            services.board.bury().await;
+        }
+    };
+    let failure = tokio::select! {
+        failure = services.journal.failed() => failure,
+        () = sweep => JournalError::Closed,
+        () = bury => JournalError::Closed,
+    };
+    StageError::environment("write the log", failure)
 }

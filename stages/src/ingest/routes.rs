@@ -86,8 +86,10 @@ impl Front {
     pub(super) async fn fields(&self, request: Request) -> Result<(ReadBody, Fields), Failure> {
         self.gateway.check_open()?;
         let body = request.into_body();
-        if axum::body::HttpBody::size_hint(&body).upper().is_none_or(|bytes| bytes > SMALL_BODY_BYTES) {
-            self.gateway.check_room()?;
+        let is_large = axum::body::HttpBody::size_hint(&body).upper().is_none_or(|bytes| bytes > SMALL_BODY_BYTES);
+        if is_large && let Err(full) = self.gateway.check_room() {
+            self.bodies.discard(body).await;
+            return Err(full);
         }
         let body = self.bodies.read(body).await?;
         let fields = Fields::parse(&body.bytes)?;
