@@ -293,8 +293,12 @@ fn model_spec(model: &str) -> Result<String, Failure> {
 }
 
 fn ask(model: &str) -> String {
-    let body = if model == "builtin:mlp" { r#"{"input": [1.0, 2.0, 3.0]}"# } else { r#"{"prompt": "Ownership is"}"# };
-    format!("curl http://{HTTP_ADDRESS}/inference -H 'content-type: application/json' -d '{body}'")
+    let body = match model {
+        // The built-in dense layers take 64 numbers.
+        "builtin:mlp" => r#""{\"input\": [$(seq -s, 64)]}""#,
+        _ => r#"'{"prompt": "Ownership is"}'"#,
+    };
+    format!("curl http://{HTTP_ADDRESS}/inference -H 'content-type: application/json' -d {body}")
 }
 
 fn tell(global: &Global, topology: &Path, done: &str, next: &[(&str, String)]) -> Result<(), Failure> {
