@@ -64,7 +64,7 @@ enum Retry {
     Never,
 }
 
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Extra {
     /// The challenge of a 401.
     Authenticate,
