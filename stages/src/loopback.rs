@@ -10,6 +10,7 @@ use std::net::{Ipv4Addr, SocketAddr, UdpSocket};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use butterfly_engine::transport::LocalHub;
 use butterfly_topology::catalogue::{Catalogue, KindSignature};
 use butterfly_topology::{NodeId, Topology};
 use k256::ecdsa::SigningKey;
@@ -164,6 +165,7 @@ impl Loopback {
 impl Prepared {
     /// What each node is started with, in the order of the topology.
     pub fn options(mut self, data_dir: &Path) -> Vec<NodeOptions> {
+        let hub = LocalHub::new();
         let mut options = Vec::new();
         for spec in &self.topology.cluster.nodes {
             let Some(identity) = self.keys.get(&spec.id) else { continue };
@@ -174,6 +176,7 @@ impl Prepared {
                 data_dir: data_dir.join(spec.id.as_ref()),
                 base_dir: PathBuf::new(),
                 socket: self.sockets.remove(&spec.id),
+                hub: Some(hub.clone()),
                 extension: self.extension.clone(),
             });
         }

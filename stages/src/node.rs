@@ -12,10 +12,12 @@ use butterfly_engine::clock::{Clock, RealClock};
 use butterfly_engine::registry::{BuildError, Registry};
 use butterfly_engine::running::{RunError, Running};
 use butterfly_engine::telemetry::Telemetry;
-use butterfly_engine::transport::{LinkIdentity, Mesh, NetworkError, PeerState, QuicConfig, Roster, RosterMember};
+use butterfly_engine::transport::{
+    LinkIdentity, LocalHub, Mesh, NetworkError, PeerState, QuicConfig, Roster, RosterMember,
+};
 use butterfly_engine::wiring::Wiring;
 use butterfly_topology::plan::{LayerCost, Plan, Strategy};
-use butterfly_topology::{NodeId, Topology};
+use butterfly_topology::{NodeId, NodeSpec, Topology};
 use butterfly_verify::{Digest, Epoch, EpochError, EpochParts, Limits, Member, NodeIndex, PublicKey, SliceReplicas};
 use k256::ecdsa::SigningKey;
 
@@ -44,6 +46,8 @@ pub struct NodeOptions {
     pub base_dir: PathBuf,
     /// A socket bound already; else the node binds its `listen_address`.
     pub socket: Option<UdpSocket>,
+    /// Where nodes of this process meet if the topology says `backend_type = "local"`.
+    pub hub: Option<LocalHub>,
     /// Kinds beside the seven, for topologies that name them.
     pub extension: Option<Extension>,
 }
@@ -89,6 +93,11 @@ pub enum NodeError {
         "stage consensus: verify = \"none\" takes one node's word, but max_byzantine is {0}; use \"full\", or set max_byzantine = 0"
     )]
     Unverified(usize),
+    /// Links within a process, and only one node in it.
+    #[error(
+        "stage transfer: backend_type = \"local\" joins nodes of one process; serve all nodes together, without --node, or use \"quic\""
+    )]
+    LocalAlone,
     /// A liar in a build without liars.
     #[error(
         "node '{0}' has `adversary` set, and this build has no adversary in it; remove the key, or build with --features adversary"
@@ -231,7 +240,7 @@ impl Node {
     /// # Errors
     /// Everything that can be known to be wrong before the first request.
     pub async fn start(options: NodeOptions) -> Result<Self, NodeError> {
-        let NodeOptions { topology, node, identity, data_dir, base_dir, socket, extension } = options;
+        let NodeOptions { topology, node, identity, data_dir, base_dir, socket, hub, extension } = options;
         check(&topology, &node, &identity)?;
         let foundation = {
             let (topology, base_dir) = (Arc::clone(&topology), base_dir.clone());
@@ -247,7 +256,15 @@ impl Node {
         let epoch = Arc::clone(&foundation.epoch);
         let index = epoch.index_of(node.as_ref()).ok_or_else(|| unknown(&topology, &node))?;
         let signer = Arc::new(butterfly_verify::Signer::new(identity.clone(), index, &epoch)?);
-        let mesh = links(&topology, &epoch, &node, identity, socket, Arc::clone(&telemetry), Arc::clone(&clock))?;
+        let roster = roster(&topology, &epoch);
+        let link_identity = LinkIdentity::new(node.clone(), identity);
+        let mesh = if is_local(&topology) {
+            let hub = hub.ok_or(NodeError::LocalAlone)?;
+            Mesh::local(&hub, link_identity, roster, Arc::clone(&telemetry), Arc::clone(&clock))?
+        } else {
+            let config = QuicConfig { socket, ..QuicConfig::new(link_identity, roster) };
+            Mesh::quic(config, Arc::clone(&telemetry), Arc::clone(&clock))?
+        };
         let services = Services {
             node: node.clone(),
             index,
@@ -361,22 +378,12 @@ fn log_name(topology: &Topology) -> String {
     commit.and_then(|stage| stage.config.text("log")).unwrap_or("commit.redb").to_owned()
 }
 
-fn links(
-    topology: &Topology,
-    epoch: &Epoch,
-    node: &NodeId,
-    key: SigningKey,
-    socket: Option<UdpSocket>,
-    telemetry: Arc<Telemetry>,
-    clock: Arc<dyn Clock>,
-) -> Result<Mesh, NetworkError> {
-    let members = topology
-        .cluster
-        .nodes
-        .iter()
-        .map(|node| (node.id.clone(), RosterMember { public_key: node.public_key, address: node.listen_address }))
-        .collect();
-    let roster = Roster { epoch_digest: epoch.digest().0, members };
-    let config = QuicConfig::new(LinkIdentity::new(node.clone(), key), roster);
-    Mesh::quic(QuicConfig { socket, ..config }, telemetry, clock)
+fn is_local(topology: &Topology) -> bool {
+    topology.graph.of_kind("transfer").any(|stage| stage.config.text("backend_type") == Some("local"))
+}
+
+fn roster(topology: &Topology, epoch: &Epoch) -> Roster {
+    let nodes = topology.cluster.nodes.iter();
+    let member = |node: &NodeSpec| RosterMember { public_key: node.public_key, address: node.listen_address };
+    Roster { epoch_digest: epoch.digest().0, members: nodes.map(|node| (node.id.clone(), member(node))).collect() }
 }

@@ -7,6 +7,7 @@ use std::sync::Arc;
 
 use butterfly::node::{Node, NodeError, NodeOptions};
 use butterfly_engine::running::RunError;
+use butterfly_engine::transport::LocalHub;
 use butterfly_topology::{NodeId, Topology};
 use tokio::signal::unix::{SignalKind, signal};
 
@@ -48,6 +49,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<(), Failure> {
     };
     let base_dir = args.file.parent().unwrap_or(Path::new("")).to_owned();
     let data = args.data.clone().unwrap_or_else(|| base_dir.join("data"));
+    let hub = LocalHub::new();
     let mut options = Vec::new();
     for node in nodes {
         options.push(NodeOptions {
@@ -56,6 +58,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<(), Failure> {
             data_dir: data.join(node.as_ref()),
             base_dir: base_dir.clone(),
             socket: None,
+            hub: args.node.is_none().then(|| hub.clone()),
             extension: None,
             node,
         });
@@ -146,6 +149,7 @@ fn cannot(node: &NodeId, error: &NodeError) -> Failure {
         NodeError::Topology(_)
         | NodeError::UnknownNode { .. }
         | NodeError::Unverified(_)
+        | NodeError::LocalAlone
         | NodeError::NoAdversary(_) => Failure::new(Exit::InvalidTopology, format!("node {node}: {error}")),
         _ => Failure::environment(format!("node {node} cannot start: {error}")),
     };
