@@ -5,12 +5,12 @@
 //!
 //! | part | module |
 //! | --- | --- |
-//! | living tasks, their ends, and who waits for them | [`board`], [`reply`] |
-//! | admission: valid, room reserved, on the board, durable, handed on | [`gateway`] |
-//! | what a body may say, and what it comes to | [`fields`], [`ask`] |
-//! | connections, bodies, rates, keys | [`server`], [`body`], [`rate`], [`settings`] |
-//! | routes and what they answer | [`routes`], [`inference`], [`completions`], [`stream`], [`records`], [`health`] |
-//! | failures and their statuses | [`errors`] |
+//! | living tasks, their ends, and who waits for them | `board`, `reply` |
+//! | admission: valid, room reserved, on the board, durable, handed on | `gateway` |
+//! | what a body may say, and what it comes to | `fields`, `ask` |
+//! | connections, bodies, rates, keys | `server`, `body`, `rate`, `settings` |
+//! | routes and what they answer | `routes`, `inference`, `completions`, `stream`, `records`, `health` |
+//! | failures and their statuses | `errors` |
 //!
 //! Invariants: nothing leaves this stage that is not a valid request; an acknowledged request is in the journal; no HTTP
 //! type leaves this folder.
