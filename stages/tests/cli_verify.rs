@@ -269,6 +269,19 @@ fn digits_that_are_none_are_found_where_they_are() {
     }
 }
 
+/// What a bundle shows beside the certified answer must be the same, or a reader of the one would be shown the other.
+#[test]
+fn what_a_bundle_shows_in_a_plainer_form_is_compared() {
+    let case = Case::new(Mode::Full);
+    let mut bundle = case.bundle.clone();
+    let is_length = bundle["answer"]["text"]["finish"] == "length";
+    bundle["finish_reason"] = json!(if is_length { "stop" } else { "length" });
+    assert!(case.refused(&bundle).contains("finish_reason"));
+    let mut bundle = case.bundle.clone();
+    bundle["text"] = json!("something else");
+    assert!(case.refused(&bundle).contains("text does not hold"));
+}
+
 #[test]
 fn a_bundle_without_a_part_is_none() {
     let case = Case::new(Mode::Full);

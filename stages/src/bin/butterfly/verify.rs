@@ -57,6 +57,8 @@ struct Case {
     receipt: Receipt,
     request: Option<Request>,
     answer: Option<Answer>,
+    /// What a bundle shows of its answer.
+    shown: Option<Value>,
     /// The client's own documents, where they are not the resolved ones.
     sent: Option<Value>,
     received: Option<Value>,
@@ -112,7 +114,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<(), Failure> {
 fn read(args: &Args) -> Result<Case, Stop> {
     let epoch_text = documents::read(&args.epoch)?;
     let epoch = Epoch::from_json(&epoch_text).map_err(|error| Fault::new("epoch", error))?;
-    let Bundle { receipt, mut request, mut answer } = documents::bundle(&documents::read(&args.receipt)?)?;
+    let Bundle { receipt, mut request, mut answer, shown } = documents::bundle(&documents::read(&args.receipt)?)?;
     let (mut sent, mut received) = (None, None);
     if let Some(path) = &args.request {
         match documents::request(&documents::read(path)?)? {
@@ -132,7 +134,7 @@ fn read(args: &Args) -> Result<Case, Stop> {
     if received.is_some() && answer.is_none() {
         return Err(only_a_body("--response", "answer").into());
     }
-    Ok(Case { epoch, receipt, request, answer, sent, received })
+    Ok(Case { epoch, receipt, request, answer, shown, sent, received })
 }
 
 /// A client's document says less than was certified, so it can be compared but not hashed.
@@ -153,8 +155,10 @@ fn judge(args: &Args, case: &Case) -> Result<(Verified, Comparison), Fault> {
     if let (Some(sent), Some(request)) = (&case.sent, &case.request) {
         comparison.request(sent, request)?;
     }
-    if let (Some(received), Some(answer)) = (&case.received, &case.answer) {
-        comparison.response(received, answer, case.request.as_ref())?;
+    if let Some(answer) = &case.answer {
+        for response in case.shown.iter().chain(&case.received) {
+            comparison.response(response, answer, case.request.as_ref())?;
+        }
     }
     Ok((verified, comparison))
 }

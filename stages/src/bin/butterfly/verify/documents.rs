@@ -8,7 +8,7 @@ use butterfly_verify::limits::JSON_BYTES_MAX;
 use butterfly_verify::{Answer, BatchProof, Receipt, Request, SignedVote, Vote};
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{Fault, Stop};
 use crate::exit::Failure;
@@ -18,6 +18,8 @@ pub(super) struct Bundle {
     pub(super) receipt: Receipt,
     pub(super) request: Option<Request>,
     pub(super) answer: Option<Answer>,
+    /// What the bundle shows of the answer in a plainer form: worth nothing unless it is the same.
+    pub(super) shown: Option<Value>,
 }
 
 /// A bundle's parts before they are read. Another member of the same name would be an error, so that no reader sees another
@@ -25,6 +27,11 @@ pub(super) struct Bundle {
 #[derive(Deserialize)]
 struct Parts {
     receipt: Option<Value>,
+    text: Option<Value>,
+    token_ids: Option<Value>,
+    output: Option<Value>,
+    finish_reason: Option<Value>,
+    usage: Option<Value>,
     request: Option<Value>,
     answer: Option<Value>,
 }
@@ -67,13 +74,23 @@ pub(super) fn bundle(text: &str) -> Result<Bundle, Fault> {
         if let Some(status) = value.get("status").and_then(Value::as_str) {
             return Err(Fault::new("receipt", format!("there is none: the task is {status}")));
         }
-        return Ok(Bundle { receipt: receipt_part(value)?, request: None, answer: None });
+        return Ok(Bundle { receipt: receipt_part(value)?, request: None, answer: None, shown: None });
     };
+    let plain = [
+        ("text", parts.text),
+        ("token_ids", parts.token_ids),
+        ("output", parts.output),
+        ("finish_reason", parts.finish_reason),
+        ("usage", parts.usage),
+    ];
+    let shown: Map<String, Value> =
+        plain.into_iter().filter_map(|(name, value)| Some((name.to_owned(), value?))).collect();
     let missing = |part: &'static str| Fault::new(part, "missing from the bundle");
     Ok(Bundle {
         receipt: receipt_part(receipt)?,
         request: Some(part("request", parts.request.ok_or_else(|| missing("request"))?)?),
         answer: Some(part("answer", parts.answer.ok_or_else(|| missing("answer"))?)?),
+        shown: (!shown.is_empty()).then_some(Value::Object(shown)),
     })
 }
 
