@@ -280,7 +280,7 @@ impl State {
             return false;
         }
         let last = self.services.plan.slices.last().map(|slice| slice.replicas.clone()).unwrap_or_default();
-        self.open.insert(*rd, Open::new(Arc::clone(&self.services.epoch), request.as_ref().clone(), last));
+        self.open.insert(*rd, Open::new(Arc::clone(&self.services.epoch), request.clone(), last));
         true
     }
 

@@ -36,7 +36,7 @@ pub struct Completed {
     /// The client's name for it.
     pub task_id: String,
     /// What was asked.
-    pub request: Arc<Request>,
+    pub request: Request,
     /// What was answered.
     pub answer: Answer,
     /// The proof.
@@ -54,7 +54,7 @@ pub struct NewTask {
     /// The route it came by.
     pub kind: TaskKind,
     /// What is asked.
-    pub request: Arc<Request>,
+    pub request: Request,
     /// Times it was started, this one included.
     pub attempt: u32,
     /// Who waits, if anyone does.
@@ -112,7 +112,7 @@ struct State {
 struct Task {
     task_id: String,
     kind: TaskKind,
-    request: Arc<Request>,
+    request: Request,
     attempt: u32,
     sink: Option<ReplySender>,
     permit: Option<Box<dyn Send>>,
@@ -204,16 +204,16 @@ impl Board {
 
     /// The request, while its task lives.
     #[must_use]
-    pub fn request(&self, rd: &RequestId) -> Option<Arc<Request>> {
+    pub fn request(&self, rd: &RequestId) -> Option<Request> {
         self.task(rd).map(|(_, request)| request)
     }
 
     /// The task's id and request, while it lives.
     #[must_use]
-    pub fn task(&self, rd: &RequestId) -> Option<(String, Arc<Request>)> {
+    pub fn task(&self, rd: &RequestId) -> Option<(String, Request)> {
         let state = self.lock();
         let task = state.tasks.get(rd).filter(|task| task.lives())?;
-        Some((task.task_id.clone(), Arc::clone(&task.request)))
+        Some((task.task_id.clone(), task.request.clone()))
     }
 
     /// Whether the task lives.

@@ -33,7 +33,7 @@ pub(super) fn fixture() -> Fixture {
     Fixture { _folder: folder, journal, telemetry, clock, board }
 }
 
-pub(super) fn request(number: u8, client: &str) -> Arc<Request> {
+pub(super) fn request(number: u8, client: &str) -> Request {
     let parts = RequestParts {
         client: client.to_owned(),
         nonce: [number; 32],
@@ -44,10 +44,10 @@ pub(super) fn request(number: u8, client: &str) -> Arc<Request> {
         now_ms: 1_000_000,
         expires_ms: 1_600_000,
     };
-    Arc::new(Request::new(parts).unwrap())
+    Request::new(parts).unwrap()
 }
 
-pub(super) fn completed(request: &Arc<Request>) -> TaskResult {
+pub(super) fn completed(request: &Request) -> TaskResult {
     let answer =
         Answer::Text { tokens: vec![5, 6], text: b"hi".to_vec(), finish: Finish::Stop, prompt_tokens: 2, choice: 0 };
     let receipt = Receipt {
@@ -58,23 +58,23 @@ pub(super) fn completed(request: &Arc<Request>) -> TaskResult {
         answer_root: answer.root(),
         slices: Vec::new(),
     };
-    Ok(Arc::new(Completed { task_id: "task".to_owned(), request: Arc::clone(request), answer, receipt }))
+    Ok(Arc::new(Completed { task_id: "task".to_owned(), request: request.clone(), answer, receipt }))
 }
 
 impl Fixture {
-    pub(super) fn open(&self, task_id: &str, request: &Arc<Request>) -> Result<ReplyReceiver, SchedulingError> {
+    pub(super) fn open(&self, task_id: &str, request: &Request) -> Result<ReplyReceiver, SchedulingError> {
         let (sink, receiver) = reply(8);
         let task = NewTask {
             task_id: task_id.to_owned(),
             kind: TaskKind::Completion,
-            request: Arc::clone(request),
+            request: request.clone(),
             attempt: 1,
             sink: Some(sink),
         };
         self.board.open(task).map(|()| receiver)
     }
 
-    pub(super) async fn accept(&self, request: &Arc<Request>) {
+    pub(super) async fn accept(&self, request: &Request) {
         let accepted = Accepted {
             rd: request.digest(),
             kind: TaskKind::Completion,

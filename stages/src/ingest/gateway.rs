@@ -68,7 +68,7 @@ pub(super) struct Admitted {
     /// The client's name for it, or the one it was given.
     pub task_id: String,
     /// What is asked, with every default resolved.
-    pub request: Arc<Request>,
+    pub request: Request,
     /// What comes back, if the client waits. When it is dropped before the task has ended, the task is cancelled on every
     /// node.
     pub reply: Option<Awaited>,
@@ -175,9 +175,9 @@ impl Gateway {
     pub(super) async fn submit(&self, submission: Submission) -> Result<Admitted, Failure> {
         self.check_open()?;
         let Submission { client, kind, task_id, ask, wait } = submission;
-        let request = Arc::new(self.resolve(ask, &client).await?);
+        let request = self.resolve(ask, &client).await?;
         let rd = request.digest();
-        let item = items::Request { rd, body: request.as_ref().clone() };
+        let item = items::Request { rd, body: request.clone() };
         let permit = self.reserve(item.size_bytes())?;
         let task_id = task_id.unwrap_or_else(|| match kind {
             TaskKind::Completion => format!("cmpl-{rd}"),
@@ -190,7 +190,7 @@ impl Gateway {
         } else {
             (None, None)
         };
-        let task = NewTask { task_id: task_id.clone(), kind, request: Arc::clone(&request), attempt: 1, sink };
+        let task = NewTask { task_id: task_id.clone(), kind, request: request.clone(), attempt: 1, sink };
         self.services.board.open(task)?;
         // From here on a client that goes away cancels the task.
         let guard = Waiting::new(Arc::clone(&self.services.board), rd);
@@ -222,8 +222,8 @@ impl Gateway {
     }
 
     /// Hands on a request that is on the board already, waiting for room. Returns false when the graph takes no more.
-    pub(super) async fn resubmit(&self, request: &Arc<Request>, pause: Duration) -> bool {
-        let item = items::Request { rd: request.digest(), body: request.as_ref().clone() };
+    pub(super) async fn resubmit(&self, request: &Request, pause: Duration) -> bool {
+        let item = items::Request { rd: request.digest(), body: request.clone() };
         loop {
             if !self.services.board.is_living(&item.rd) {
                 return true;

@@ -121,7 +121,7 @@ impl IngestStage {
 async fn tend(
     gateway: &Gateway,
     server: &mut Server,
-    left_open: Vec<Arc<Request>>,
+    left_open: Vec<Request>,
     request_timeout: Duration,
 ) -> Result<(), StageError> {
     let (board, shutdown) = (&gateway.services.board, &gateway.shutdown);
@@ -150,7 +150,7 @@ async fn tend(
 }
 
 /// Puts every open request of the log on the board, and fails those that cannot be answered any more.
-async fn recover(services: &Services) -> Result<Vec<Arc<Request>>, StageError> {
+async fn recover(services: &Services) -> Result<Vec<Request>, StageError> {
     let journal = Arc::clone(&services.journal);
     let read = tokio::task::spawn_blocking(move || journal.open_requests()).await;
     let unreadable = |error: &dyn std::fmt::Display| StageError::environment("read the log", error.to_string());
@@ -175,7 +175,7 @@ async fn recover(services: &Services) -> Result<Vec<Arc<Request>>, StageError> {
 }
 
 /// Puts one open request on the board.
-fn take_up(services: &Services, entry: &Open) -> Result<Arc<Request>, TaskError> {
+fn take_up(services: &Services, entry: &Open) -> Result<Request, TaskError> {
     let Open { accepted, starts } = entry;
     let gone = |why: &str| TaskError::from(ApiError::ServiceUnavailable(format!("the node was restarted {why}")));
     let request = Request::decode(&accepted.request)
@@ -187,11 +187,10 @@ fn take_up(services: &Services, entry: &Open) -> Result<Arc<Request>, TaskError>
         let life_ms = request.expires_ms.saturating_sub(request.now_ms);
         return Err(TaskError::DeadlineExceeded(Duration::from_millis(life_ms)));
     }
-    let request = Arc::new(request);
     let task = NewTask {
         task_id: accepted.task_id.clone(),
         kind: accepted.kind,
-        request: Arc::clone(&request),
+        request: request.clone(),
         attempt: starts.saturating_add(1),
         sink: None,
     };
@@ -201,7 +200,7 @@ fn take_up(services: &Services, entry: &Open) -> Result<Arc<Request>, TaskError>
 
 /// Hands requests on that a crash left open, once enough nodes are there to answer them. Those that are still here when the
 /// node stops stay in the log for the next start. Then does nothing for ever.
-async fn resubmit(gateway: &Gateway, left_open: Vec<Arc<Request>>) {
+async fn resubmit(gateway: &Gateway, left_open: Vec<Request>) {
     let services = &gateway.services;
     let handed_on = AtomicUsize::new(0);
     let hand_on = async {

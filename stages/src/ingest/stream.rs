@@ -46,7 +46,7 @@ pub(super) struct StreamOptions {
 }
 
 /// The response that streams a task.
-pub(super) fn respond(gateway: &Gateway, request: Arc<Request>, reply: Awaited, options: StreamOptions) -> Response {
+pub(super) fn respond(gateway: &Gateway, request: Request, reply: Awaited, options: StreamOptions) -> Response {
     let model = &gateway.services.model;
     let stream = Stream {
         id: format!("cmpl-{}", request.digest()),
@@ -75,7 +75,7 @@ pub(super) fn respond(gateway: &Gateway, request: Arc<Request>, reply: Awaited, 
 
 struct Stream {
     id: String,
-    request: Arc<Request>,
+    request: Request,
     epoch: Arc<Epoch>,
     clock: Arc<dyn Clock>,
     options: StreamOptions,

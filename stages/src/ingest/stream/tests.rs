@@ -38,7 +38,7 @@ fn streamed(options: StreamOptions, stop: &[&str]) -> Streamed {
         now_ms: 1_000_000,
         expires_ms: 1_600_000,
     });
-    let request = Arc::new(request.unwrap());
+    let request = request.unwrap();
     let (sender, receiver) = reply(64);
     let rd = request.digest();
     let clock = fixture.clock.clone();
@@ -76,7 +76,7 @@ impl Streamed {
             prompt_tokens: 2,
             choice: 0,
         };
-        let request = Arc::clone(&self.stream.request);
+        let request = self.stream.request.clone();
         let receipt = Receipt {
             version: 1,
             epoch: Digest::default(),
