@@ -353,6 +353,7 @@ fn what_a_client_sent_and_received_is_compared_with_what_was_certified() {
     });
     let received = json!({
         "id": "cmpl-1",
+        "model": "tiny",
         "choices": [{ "index": 0, "text": " the same as", "finish_reason": "length", "token_ids": [266, 774, 351] }],
         "usage": { "prompt_tokens": 3, "completion_tokens": 3, "total_tokens": 6 },
     });
@@ -392,6 +393,7 @@ fn what_a_client_sent_and_received_is_compared_with_what_was_certified() {
         ("/choices/0/finish_reason", json!("stop"), "response: finish_reason"),
         ("/choices/0/token_ids/1", json!(775), "response: token_ids"),
         ("/choices/0/index", json!(1), "response: choices"),
+        ("/model", json!("large"), "response: model"),
         ("/usage/completion_tokens", json!(4), "response: usage.completion_tokens"),
     ] {
         let mut other = received.clone();

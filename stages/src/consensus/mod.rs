@@ -18,7 +18,7 @@ use std::time::Duration;
 use butterfly_engine::channel::{Receiver, Sender};
 use butterfly_engine::frame::{Frame, FrameError};
 use butterfly_engine::stage::{Stage, StageContext, StageError};
-use butterfly_engine::telemetry::Event;
+use butterfly_engine::telemetry::{Event, PhaseLabels, VerificationResult};
 use butterfly_engine::transport::{Delivery, PeerPort, PeerSender};
 use butterfly_topology::NodeId;
 use butterfly_verify::{Ballot, Evidence, NodeIndex, SignedBallot, Vote, work_tag};
@@ -46,6 +46,23 @@ const LATE_VOTES: Duration = Duration::from_secs(2);
 const SWEEP: Duration = Duration::from_millis(250);
 /// Pieces of evidence kept of one node and kind; more show nothing new.
 const EVIDENCE_KEPT_MAX: u64 = 32;
+
+const fn phase(phase: &'static str, result: &'static str) -> PhaseLabels {
+    PhaseLabels { phase, result }
+}
+
+/// A request was decided, by f+1 votes on every slice.
+const CERTIFIED: PhaseLabels = phase("commit", "certified");
+/// No f+1 votes can agree any more.
+const CONTRADICTED: PhaseLabels = phase("commit", "contradicted");
+/// Fewer than f+1 replicas are there to vote.
+const SHORT: PhaseLabels = phase("commit", "short");
+/// A slice got its f+1 votes.
+const SLICE_CERTIFIED: PhaseLabels = phase("prepare", "certified");
+/// A node did not vote in time.
+const SILENT: PhaseLabels = phase("prepare", "silent");
+/// A node was caught.
+const ACCUSED: PhaseLabels = phase("prepare", "accused");
 
 /// The stage.
 pub struct ConsensusStage {
@@ -116,6 +133,9 @@ struct State {
 
 impl State {
     fn new(services: Services, peers: PeerSender) -> Self {
+        let metrics = services.telemetry.metrics();
+        metrics.declare_phases(&[CERTIFIED, CONTRADICTED, SHORT], &[SLICE_CERTIFIED], &[SILENT, ACCUSED]);
+        services.topology.cluster.nodes.iter().for_each(|node| metrics.declare_member(&node.id));
         Self {
             services,
             peers,
@@ -285,11 +305,17 @@ impl State {
     }
 
     fn verdict(&mut self, rd: RequestId, verdict: Verdict) {
+        let metrics = self.services.telemetry.metrics();
         match verdict {
+            Verdict::SliceCertified => {
+                metrics.phase_transitions_total.of(&SLICE_CERTIFIED).inc();
+            }
             Verdict::Certified { receipt, answer } => {
+                metrics.consensus_rounds_total.of(&CERTIFIED).inc();
                 self.decided.push(Decided::Certified { rd, receipt: Box::new(receipt), answer: Box::new(answer) });
             }
             Verdict::Impossible { slice } => {
+                metrics.consensus_rounds_total.of(&CONTRADICTED).inc();
                 let error = CoordinationError::ByzantineViolation { slice: usize::from(slice) };
                 self.decided.push(Decided::Failed { rd, error: error.into() });
             }
@@ -306,6 +332,7 @@ impl State {
         tracing::warn!(%node, %rd, kind, grade = ?evidence.grade(), "a node was caught");
         let metrics = self.services.telemetry.metrics();
         metrics.evidence_total.of(&(&node).into()).inc();
+        metrics.node_failures_total.of(&ACCUSED).inc();
         self.services.telemetry.events().emit_with(|| {
             Event::new("accused")
                 .node(&node)
@@ -363,6 +390,7 @@ impl State {
                 open.settle(now);
             } else if let Some(slice) = open.short_of_nodes(&self.services) {
                 open.settle(now);
+                self.services.telemetry.metrics().consensus_rounds_total.of(&SHORT).inc();
                 let error = ButterflyError::from(CoordinationError::InsufficientNodes { slice });
                 self.decided.push(Decided::Failed { rd: *rd, error });
             }
@@ -376,10 +404,12 @@ impl State {
 
     /// Reports whoever did not vote. Silence is unavailability, never lying.
     fn unavailable(&self, rd: &RequestId, open: &Open) {
-        for node in open.silent() {
-            self.services.standing.silent(node);
-            let Some(node) = self.services.node_id(node) else { continue };
+        for index in open.silent() {
+            self.services.standing.silent(index);
+            let Some(node) = self.services.node_id(index) else { continue };
             tracing::info!(%node, %rd, "no vote came in time");
+            open::count(&self.services, index, VerificationResult::Timeout);
+            self.services.telemetry.metrics().node_failures_total.of(&SILENT).inc();
             self.services.telemetry.events().emit_with(|| Event::new("unavailable").node(&node).request(rd));
         }
     }

@@ -15,6 +15,8 @@ use crate::services::Services;
 
 /// What follows from a ballot.
 pub(crate) enum Verdict {
+    /// One more slice is certified.
+    SliceCertified,
     /// Every slice is certified.
     Certified { receipt: Receipt, answer: Answer },
     /// The replicas of the slice contradict each other beyond repair.
@@ -88,7 +90,8 @@ impl Open {
                     count(services, evidence.accused, VerificationResult::Mismatch);
                     verdicts.push(Verdict::Accused(evidence));
                 }
-                TallyEvent::SliceCertified { .. } | TallyEvent::Decided { .. } | TallyEvent::Impossible { .. } => {}
+                TallyEvent::SliceCertified { .. } => verdicts.push(Verdict::SliceCertified),
+                TallyEvent::Decided { .. } | TallyEvent::Impossible { .. } => {}
                 TallyEvent::Ignored { signer, reason, .. } => {
                     tracing::debug!(?signer, ?reason, "a vote does not count")
                 }
@@ -162,7 +165,8 @@ impl Open {
     }
 }
 
-fn count(services: &Services, node: NodeIndex, result: VerificationResult) {
+/// Counts what was found of a node's vote.
+pub(crate) fn count(services: &Services, node: NodeIndex, result: VerificationResult) {
     if let Some(node) = services.node_id(node) {
         let labels = VerificationLabels { node: node.to_string(), result };
         services.telemetry.metrics().verifications_total.of(&labels).inc();

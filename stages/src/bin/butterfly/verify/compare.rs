@@ -6,7 +6,8 @@ use serde_json::Value;
 
 use super::{Fault, quoted};
 
-/// Which fields were compared, and which were not: they are not of the request and the answer, or stand in them in another form, as the seed does.
+/// Which fields were compared, and which were not: they are of neither request nor answer, or stand there in another form, as
+/// the seed does.
 #[derive(Debug, Default)]
 pub(super) struct Comparison {
     pub(super) compared: Vec<String>,
@@ -81,6 +82,9 @@ impl Comparison {
         if let Some(usage) = body.get("usage") {
             self.usage(usage, answer)?;
         }
+        if let Some(request) = request {
+            self.names(body, request)?;
+        }
         if !self.compared.iter().any(|field| field.starts_with("response.")) {
             return Err(Fault::new("response", "it has nothing of the answer in it"));
         }
@@ -113,10 +117,22 @@ impl Comparison {
                     Some((false, "an answer of another kind".to_owned()))
                 }
                 // These are looked at on their own.
-                ("usage" | "choices", _) => continue,
+                ("usage" | "model" | "receipt_id", _) => continue,
                 _ => None,
             };
             self.note("response", name, received, certified)?;
+        }
+        Ok(())
+    }
+
+    /// What a response says about the request it answers.
+    fn names(&mut self, body: &Value, request: &Request) -> Result<(), Fault> {
+        let rd = request.digest().to_string();
+        for (name, certified) in [("model", &*request.model), ("receipt_id", &*rd)] {
+            if let Some(received) = body.get(name) {
+                let same = received.as_str() == Some(certified);
+                self.note("response", name, received, Some((same, quoted(certified))))?;
+            }
         }
         Ok(())
     }
