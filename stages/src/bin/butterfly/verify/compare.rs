@@ -79,14 +79,14 @@ impl Comparison {
             }
             _ => self.text(body, answer, request)?,
         }
+        if !self.compared.iter().any(|field| field.starts_with("response.")) {
+            return Err(Fault::new("response", "it has nothing of the answer in it"));
+        }
         if let Some(usage) = body.get("usage") {
             self.usage(usage, answer)?;
         }
         if let Some(request) = request {
             self.names(body, request)?;
-        }
-        if !self.compared.iter().any(|field| field.starts_with("response.")) {
-            return Err(Fault::new("response", "it has nothing of the answer in it"));
         }
         Ok(())
     }
