@@ -1,6 +1,6 @@
 //! Writes the seeds: one small example of each thing that the targets read, so that a fuzzer need not guess a format.
 //!
-//! `cargo run --bin write_seeds` in this folder, after a format has changed. Seeds that were added by hand stay.
+//! `cargo run --example write_seeds` in this folder, after a format has changed. Seeds that were added by hand stay.
 
 use std::fs;
 use std::path::Path;
