@@ -3,14 +3,15 @@
 //! Steps of many requests share a forward pass (continuous batching). One pass runs at a time, on a blocking thread; while
 //! it runs the stage goes on taking steps, so compute and communication overlap and the decode loop cannot
 //! deadlock: what the stage could not hand on yet waits in its own outbox, and while that is long no new pass begins. All
-//! it keeps is bounded: sessions by the memory budget, steps of a session by its gates, steps of unknown requests and of
-//! finished ones by constants.
+//! it keeps is bounded: sessions by the memory budget, steps of a session by its gates, and what has to wait for a session by a share
+//! for each peer.
 //!
 //! Invariants: an outcome is a pure function of the request; how passes were batched, chunked or interleaved never shows.
 
 mod gate;
 mod pass;
 mod session;
+mod waiting;
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -29,7 +30,9 @@ use tokio::task::{JoinError, JoinHandle};
 pub(crate) use crate::compute::gate::Gate;
 use crate::compute::pass::{Open, Pass, Passed, Slices};
 use crate::compute::session::Session;
+#[cfg(feature = "adversary")]
 pub(crate) use crate::compute::session::Work;
+use crate::compute::waiting::Waiting;
 use crate::items::{Boundary, Outcome, RequestId, Step};
 use crate::model::{ModelError, SliceModel};
 use crate::services::Services;
@@ -39,14 +42,10 @@ use crate::adversary::Behaviour;
 
 /// Steps taken from the edge before a pass is begun.
 const STEPS_AT_ONCE_MAX: usize = 256;
-/// Values that wait for a request whose opening has not arrived, over all peers.
-const EARLY_BYTES_MAX: usize = 64 << 20;
-/// Requests whose opening has not arrived.
-const EARLY_REQUESTS_MAX: usize = 1024;
 /// Requests that wait for memory.
 const OPENING_MAX: usize = 4096;
-/// Finished requests that are remembered, so that late values are not taken for early ones.
-const FINISHED_MAX: usize = 8192;
+/// Ended requests that are remembered, so that late values are not taken for early ones.
+const ENDED_MAX: usize = 8192;
 /// Effects that may wait to be handed on before no new pass begins.
 const OUTBOX_MAX: usize = 256;
 /// How often expired requests are looked for.
@@ -83,9 +82,32 @@ struct Slot {
     expires_ms: u64,
     reserved_bytes: u64,
     session: Option<Session>,
-    /// Values that came while a pass had the session.
-    mail: Vec<(NodeId, Boundary)>,
     queued: bool,
+}
+
+/// The last requests that ended here, with their attempts.
+#[derive(Default)]
+struct Ended {
+    order: VecDeque<RequestId>,
+    attempts: BTreeMap<RequestId, u32>,
+}
+
+impl Ended {
+    /// Whether values of this attempt come too late. Those of a later one come early: the gateway starts the request anew.
+    fn is_late(&self, boundary: &Boundary) -> bool {
+        self.attempts.get(&boundary.rd).is_some_and(|attempt| boundary.attempt <= *attempt)
+    }
+
+    fn insert(&mut self, rd: RequestId, attempt: u32) {
+        if self.attempts.insert(rd, attempt).is_none() {
+            self.order.push_back(rd);
+        }
+        if self.order.len() > ENDED_MAX
+            && let Some(oldest) = self.order.pop_front()
+        {
+            self.attempts.remove(&oldest);
+        }
+    }
 }
 
 /// Everything the stage keeps between steps.
@@ -94,9 +116,8 @@ struct State {
     slots: BTreeMap<Key, Slot>,
     opening: VecDeque<Open>,
     ready: VecDeque<Key>,
-    early: BTreeMap<RequestId, Vec<(NodeId, Boundary)>>,
-    early_bytes: usize,
-    finished: VecDeque<RequestId>,
+    waiting: Waiting,
+    ended: Ended,
     reserved_bytes: u64,
     memory_max: u64,
     boundaries: VecDeque<Boundary>,
@@ -210,9 +231,8 @@ impl State {
             slots: BTreeMap::new(),
             opening: VecDeque::new(),
             ready: VecDeque::new(),
-            early: BTreeMap::new(),
-            early_bytes: 0,
-            finished: VecDeque::new(),
+            waiting: Waiting::default(),
+            ended: Ended::default(),
             reserved_bytes: 0,
             memory_max,
             boundaries: VecDeque::new(),
@@ -253,12 +273,15 @@ impl State {
     }
 
     fn open(&mut self, open: Open) {
-        let known = self.slots.range((open.rd, 0)..=(open.rd, u16::MAX)).map(|(_, slot)| slot.attempt).max();
-        if known.is_some_and(|attempt| attempt >= open.attempt) {
+        // A living request belongs to the gateway that opened it; another could only mean to take its votes away.
+        let mut living = self.slots.range((open.rd, 0)..=(open.rd, u16::MAX)).map(|(_, slot)| slot);
+        if living.any(|slot| slot.gateway != open.gateway || slot.attempt >= open.attempt) {
             return;
         }
         if let Some(waiting) = self.opening.iter_mut().find(|waiting| waiting.rd == open.rd) {
-            waiting.attempt = waiting.attempt.max(open.attempt);
+            if waiting.gateway == open.gateway {
+                waiting.attempt = waiting.attempt.max(open.attempt);
+            }
             return;
         }
         if self.opening.len() >= OPENING_MAX {
@@ -271,13 +294,13 @@ impl State {
     fn values(&mut self, from: NodeId, boundary: Boundary) {
         let key = (boundary.rd, boundary.slice);
         let Some(slot) = self.slots.get_mut(&key) else {
-            if !self.finished.contains(&boundary.rd) {
-                self.keep_early(from, boundary);
+            if !self.ended.is_late(&boundary) {
+                self.waiting.keep(from, boundary);
             }
             return;
         };
         if boundary.attempt > slot.attempt {
-            self.keep_early(from, boundary);
+            self.waiting.keep(from, boundary);
         } else if boundary.attempt == slot.attempt {
             match &mut slot.session {
                 Some(session) => {
@@ -288,22 +311,9 @@ impl State {
                     }
                     self.wake(key);
                 }
-                None => slot.mail.push((from, boundary)),
+                None => self.waiting.keep(from, boundary),
             }
         }
-    }
-
-    /// Keeps values whose request has not been opened: links to the gateway and to replicas are not in step.
-    fn keep_early(&mut self, from: NodeId, boundary: Boundary) {
-        let bytes = boundary.size_bytes();
-        let is_new = !self.early.contains_key(&boundary.rd);
-        if self.early_bytes + bytes > EARLY_BYTES_MAX || (is_new && self.early.len() >= EARLY_REQUESTS_MAX) {
-            // The oldest cannot be told from hostile ones; dropping all of them costs at most one replica's vote each.
-            self.early.clear();
-            self.early_bytes = 0;
-        }
-        self.early_bytes += bytes;
-        self.early.entry(boundary.rd).or_default().push((from, boundary));
     }
 
     fn cancel(&mut self, rd: &RequestId, gateway: &NodeId) {
@@ -322,10 +332,8 @@ impl State {
     fn remove(&mut self, key: &Key) {
         if let Some(slot) = self.slots.remove(key) {
             self.reserved_bytes = self.reserved_bytes.saturating_sub(slot.reserved_bytes);
-            self.finished.push_back(key.0);
-            if self.finished.len() > FINISHED_MAX {
-                self.finished.pop_front();
-            }
+            self.waiting.take(key);
+            self.ended.insert(key.0, slot.attempt);
         }
     }
 
@@ -374,15 +382,12 @@ impl State {
 
     /// Makes room for the sessions of a request; they come back from the pass.
     fn place(&mut self, open: &Open, bytes: u64) {
-        let mail = self.early.remove(&open.rd).unwrap_or_default();
-        self.early_bytes = self.early_bytes.saturating_sub(mail.iter().map(|(_, b)| b.size_bytes()).sum());
         for slice in self.slices.indices() {
             let key = (open.rd, slice);
             if let Some(old) = self.slots.remove(&key) {
                 self.reserved_bytes = self.reserved_bytes.saturating_sub(old.reserved_bytes);
             }
             self.reserved_bytes += bytes;
-            let for_slice = mail.iter().filter(|(_, b)| b.slice == slice && b.attempt >= open.attempt);
             self.slots.insert(
                 key,
                 Slot {
@@ -391,14 +396,13 @@ impl State {
                     expires_ms: open.body.expires_ms,
                     reserved_bytes: bytes,
                     session: None,
-                    mail: for_slice.cloned().collect(),
                     queued: false,
                 },
             );
         }
     }
 
-    /// Takes sessions back from a pass, delivers their mail, and queues them again.
+    /// Takes sessions back from a pass, gives them what came meanwhile, and queues them again.
     fn take_back(&mut self, passed: Passed) {
         self.boundaries.extend(passed.effects.boundaries);
         self.outcomes.extend(passed.effects.outcomes);
@@ -416,9 +420,8 @@ impl State {
                 self.remove(&key);
                 continue;
             }
-            let mail = std::mem::take(&mut slot.mail);
             slot.session = Some(session);
-            for (from, boundary) in mail {
+            for (from, boundary) in self.waiting.take(&key) {
                 self.values(from, boundary);
             }
             self.wake(key);
@@ -436,5 +439,36 @@ impl State {
         let budget = self.memory_max.max(1) as f64;
         let usage = &self.services.telemetry.metrics().kv_cache_usage_ratio;
         usage.of(&(&self.services.node).into()).set(self.reserved_bytes as f64 / budget);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use butterfly_verify::Digest;
+
+    use super::*;
+    use crate::items::BoundaryValues;
+
+    fn end_of(request: u32, attempt: u32) -> Boundary {
+        let mut rd = Digest([0; 32]);
+        rd.0[..4].copy_from_slice(&request.to_le_bytes());
+        Boundary { rd, attempt, slice: 0, position: 0, values: BoundaryValues::End }
+    }
+
+    #[test]
+    fn values_of_an_ended_attempt_are_late_and_those_of_the_next_are_not() {
+        let mut ended = Ended::default();
+        ended.insert(end_of(1, 0).rd, 2);
+        assert!(ended.is_late(&end_of(1, 1)) && ended.is_late(&end_of(1, 2)));
+        assert!(!ended.is_late(&end_of(1, 3)) && !ended.is_late(&end_of(2, 1)));
+    }
+
+    #[test]
+    fn what_is_remembered_of_ended_requests_is_bounded() {
+        let mut ended = Ended::default();
+        let many = ENDED_MAX as u32 + 5;
+        (0..many).for_each(|request| ended.insert(end_of(request, 0).rd, 1));
+        assert_eq!((ended.order.len(), ended.attempts.len()), (ENDED_MAX, ENDED_MAX));
+        assert!(!ended.is_late(&end_of(0, 1)) && ended.is_late(&end_of(many - 1, 1)));
     }
 }
