@@ -104,3 +104,16 @@ impl FromStr for Behaviour {
             .ok_or_else(|| UnknownBehaviour(name.to_owned()))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_topology_can_name_every_behaviour_and_no_other() {
+        let names = Behaviour::ALL.map(|(name, _)| name);
+        assert_eq!(names.as_slice(), butterfly_topology::cluster::BEHAVIOURS);
+        assert!(Behaviour::ALL.iter().all(|(name, behaviour)| name.parse() == Ok(*behaviour)));
+        assert!("honest".parse::<Behaviour>().is_err());
+    }
+}

@@ -6,7 +6,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use butterfly_engine::registry::{Build, Registry};
+use butterfly_engine::registry::{Build, BuildError, Registry};
+use butterfly_engine::stage::Stage;
 use butterfly_topology::StageConfig;
 use butterfly_topology::catalogue::{Catalogue, KeySpec, KindSignature, PortSpec, ValueSpec, WhenFull};
 
@@ -193,15 +194,6 @@ pub fn catalogue() -> Catalogue {
 /// The seven kinds with their factories, over the shared things of one node.
 #[must_use]
 pub fn registry(services: &Services, question: &Arc<Question>, planner: &Arc<Planner>) -> Registry {
-    let (ingest, partition, assign, transfer, compute, consensus, commit) = (
-        services.clone(),
-        services.clone(),
-        services.clone(),
-        services.clone(),
-        services.clone(),
-        services.clone(),
-        services.clone(),
-    );
     let (question, planner) = (Arc::clone(question), Arc::clone(planner));
     Registry::new()
         .item::<Request>("Request")
@@ -211,64 +203,84 @@ pub fn registry(services: &Services, question: &Arc<Question>, planner: &Arc<Pla
         .item::<Step>("Step")
         .item::<Outcome>("Outcome")
         .item::<Decided>("Decided")
-        .with(INGEST, move |build: Build<'_>| {
-            let output = build.ports.output("requests")?;
-            Ok(Box::new(IngestStage::new(&build.spec.config, output, ingest.clone())))
-        })
-        .with(PARTITION, move |build: Build<'_>| {
-            Ok(Box::new(PartitionStage {
-                input: build.ports.input("requests")?,
-                output: build.ports.output("planned")?,
-                planner: Arc::clone(&planner),
-                question: Arc::clone(&question),
-                services: partition.clone(),
-            }))
-        })
-        .with(ASSIGN, move |build: Build<'_>| {
-            Ok(Box::new(AssignStage {
-                input: build.ports.input("planned")?,
-                output: build.ports.output("assigned")?,
-                queue_max: count(&build.spec.config, "max_queue_size"),
-                in_flight_max: count(&build.spec.config, "max_in_flight"),
-                services: assign.clone(),
-            }))
-        })
-        .with(TRANSFER, move |build: Build<'_>| {
-            Ok(Box::new(TransferStage {
-                assigned: build.ports.input("assigned")?,
-                boundary: build.ports.input("boundary")?,
-                steps: build.ports.output("steps")?,
-                #[cfg(feature = "adversary")]
-                behaviour: transfer.behaviour,
-                services: transfer.clone(),
-                retries: VecDeque::new(),
-            }))
-        })
-        .with(COMPUTE, move |build: Build<'_>| {
-            Ok(Box::new(ComputeStage {
-                steps: build.ports.input("steps")?,
-                boundary: build.ports.output("boundary")?,
-                outcome: build.ports.output("outcome")?,
-                threads: count(&build.spec.config, "threads"),
-                micro_batch: count(&build.spec.config, "micro_batch"),
-                memory_max: build.spec.config.bytes("kv_budget").unwrap_or(u64::MAX),
-                #[cfg(feature = "adversary")]
-                behaviour: compute.behaviour,
-                services: compute.clone(),
-            }))
-        })
-        .with(CONSENSUS, move |build: Build<'_>| {
-            Ok(Box::new(ConsensusStage {
-                outcome: build.ports.input("outcome")?,
-                decided: build.ports.output("decided")?,
-                #[cfg(feature = "adversary")]
-                behaviour: consensus.behaviour,
-                services: consensus.clone(),
-            }))
-        })
-        .with(COMMIT, move |build: Build<'_>| {
-            Ok(Box::new(CommitStage::new(build.ports.input("decided")?, commit.clone())))
-        })
+        .with(
+            INGEST,
+            stage(services, |build, services| {
+                let output = build.ports.output("requests")?;
+                Ok(IngestStage::new(&build.spec.config, output, services))
+            }),
+        )
+        .with(
+            PARTITION,
+            stage(services, move |build, services| {
+                Ok(PartitionStage {
+                    input: build.ports.input("requests")?,
+                    output: build.ports.output("planned")?,
+                    planner: Arc::clone(&planner),
+                    question: Arc::clone(&question),
+                    services,
+                })
+            }),
+        )
+        .with(
+            ASSIGN,
+            stage(services, |build, services| {
+                Ok(AssignStage {
+                    input: build.ports.input("planned")?,
+                    output: build.ports.output("assigned")?,
+                    queue_max: count(&build.spec.config, "max_queue_size"),
+                    in_flight_max: count(&build.spec.config, "max_in_flight"),
+                    services,
+                })
+            }),
+        )
+        .with(
+            TRANSFER,
+            stage(services, |build, services| {
+                Ok(TransferStage {
+                    assigned: build.ports.input("assigned")?,
+                    boundary: build.ports.input("boundary")?,
+                    steps: build.ports.output("steps")?,
+                    services,
+                    retries: VecDeque::new(),
+                })
+            }),
+        )
+        .with(
+            COMPUTE,
+            stage(services, |build, services| {
+                Ok(ComputeStage {
+                    steps: build.ports.input("steps")?,
+                    boundary: build.ports.output("boundary")?,
+                    outcome: build.ports.output("outcome")?,
+                    threads: count(&build.spec.config, "threads"),
+                    micro_batch: count(&build.spec.config, "micro_batch"),
+                    memory_max: build.spec.config.bytes("kv_budget").unwrap_or(u64::MAX),
+                    services,
+                })
+            }),
+        )
+        .with(
+            CONSENSUS,
+            stage(services, |build, services| {
+                Ok(ConsensusStage {
+                    outcome: build.ports.input("outcome")?,
+                    decided: build.ports.output("decided")?,
+                    services,
+                })
+            }),
+        )
+        .with(COMMIT, stage(services, |build, services| Ok(CommitStage::new(build.ports.input("decided")?, services))))
+}
+
+/// A factory that gives each stage it makes the shared things of the node.
+fn stage<S, F>(services: &Services, make: F) -> impl Fn(Build<'_>) -> Result<Box<dyn Stage>, BuildError> + use<S, F>
+where
+    S: Stage,
+    F: Fn(Build<'_>, Services) -> Result<S, BuildError>,
+{
+    let services = services.clone();
+    move |build| Ok(Box::new(make(build, services.clone())?))
 }
 
 /// A count that the catalogue has bounded and given a default.

@@ -37,9 +37,6 @@ use crate::items::{Boundary, Outcome, RequestId, Step};
 use crate::model::{ModelError, SliceModel};
 use crate::services::Services;
 
-#[cfg(feature = "adversary")]
-use crate::adversary::Behaviour;
-
 /// Steps taken from the edge before a pass is begun.
 const STEPS_AT_ONCE_MAX: usize = 256;
 /// Requests that wait for memory.
@@ -65,9 +62,6 @@ pub struct ComputeStage {
     pub micro_batch: usize,
     /// Memory for open requests, in bytes.
     pub memory_max: u64,
-    /// How this node lies.
-    #[cfg(feature = "adversary")]
-    pub behaviour: Option<Behaviour>,
     /// The node's shared things.
     pub services: Services,
 }
@@ -198,7 +192,7 @@ impl ComputeStage {
         let path = butterfly_kernels::Path::detect()
             .map_err(|error| StageError::environment("join a verifying cluster on this processor", error))?;
         #[cfg(feature = "adversary")]
-        let behaviour = self.behaviour;
+        let behaviour = self.services.behaviour;
         tokio::task::spawn_blocking(move || {
             let mut slices = Slices::new(Arc::clone(&model), &plan, need, path);
             #[cfg(feature = "adversary")]

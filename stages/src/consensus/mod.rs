@@ -70,9 +70,6 @@ pub struct ConsensusStage {
     pub outcome: Receiver<Outcome>,
     /// Decisions, out.
     pub decided: Sender<Decided>,
-    /// How this node lies.
-    #[cfg(feature = "adversary")]
-    pub behaviour: Option<Behaviour>,
     /// The node's shared things.
     pub services: Services,
 }
@@ -83,10 +80,6 @@ impl Stage for ConsensusStage {
             let mut port: PeerPort =
                 context.peers.take().ok_or(StageError::Bug { invariant: "the consensus stage is networked" })?;
             let mut state = State::new(self.services.clone(), port.sender());
-            #[cfg(feature = "adversary")]
-            {
-                state.behaviour = self.behaviour;
-            }
             let mut next_sweep = context.clock.now() + SWEEP;
             let mut outcomes_open = true;
             context.ready();
@@ -127,8 +120,6 @@ struct State {
     audits: Audits,
     evidence_kept: BTreeMap<(NodeIndex, &'static str), u64>,
     decided: Vec<Decided>,
-    #[cfg(feature = "adversary")]
-    behaviour: Option<Behaviour>,
 }
 
 impl State {
@@ -143,15 +134,13 @@ impl State {
             audits: Audits::default(),
             evidence_kept: BTreeMap::new(),
             decided: Vec::new(),
-            #[cfg(feature = "adversary")]
-            behaviour: None,
         }
     }
 
     /// Turns outcomes of the own slices into deltas and votes for their gateways.
     fn outcomes(&mut self, context: &StageContext, batch: Vec<Outcome>) {
         #[cfg(feature = "adversary")]
-        if self.behaviour == Some(Behaviour::Silent) {
+        if self.services.behaviour == Some(Behaviour::Silent) {
             return;
         }
         let mut deltas: BTreeMap<NodeId, Vec<Delta>> = BTreeMap::new();
@@ -196,7 +185,7 @@ impl State {
         let tag = work_tag(self.services.index, &rd, slice, positions, &interior);
         let ballot = Ballot { vote: Vote { rd, slice, positions, input_root, output_root, tag }, answer };
         #[cfg(feature = "adversary")]
-        let ballot = match self.behaviour {
+        let ballot = match self.services.behaviour {
             Some(behaviour) => behaviour.ballot(ballot),
             None => ballot,
         };

@@ -53,9 +53,6 @@ pub struct TransferStage {
     pub boundary: Receiver<Boundary>,
     /// What compute is asked to do, out.
     pub steps: Sender<Step>,
-    /// How this node lies.
-    #[cfg(feature = "adversary")]
-    pub behaviour: Option<Behaviour>,
     /// The node's shared things.
     pub services: Services,
     /// Requests that too few replicas took, to be sent again. Bounded by the permits of the requests.
@@ -167,7 +164,7 @@ impl TransferStage {
     /// Sends boundary values to the replicas of the slice that takes them.
     fn hand_on(&self, peers: &PeerSender, batch: &[Boundary]) {
         #[cfg(feature = "adversary")]
-        if self.behaviour == Some(Behaviour::Silent) {
+        if self.services.behaviour == Some(Behaviour::Silent) {
             return;
         }
         for boundary in batch {

@@ -15,7 +15,8 @@ use crate::global::Global;
     disable_help_flag = true,
     help_template = crate::HELP,
     before_help = "Examples:
-  butterfly bench serve --rate 500 --duration 30    open loop against a running gateway
+  butterfly bench serve --rate 500 --duration 30    open loop on three nodes of its own
+  butterfly bench serve --url http://127.0.0.1:8080 --rate 20 --workload completions
   butterfly bench stage --json                      time, items and bytes of each stage and edge
   butterfly bench --help                            all options
 "

@@ -24,6 +24,8 @@ use crate::global::{Global, Ink};
 
 /// How long the liar may take to be caught after the answer.
 const CAUGHT_MAX: Duration = Duration::from_secs(5);
+/// The lies that can be shown; a node that crashes would take this process along.
+const LIES: [&str; 4] = ["wrong-activations", "wrong-vote", "feed-back-other", "silent"];
 /// The node that lies.
 const LIAR: usize = 2;
 
@@ -45,7 +47,7 @@ pub(crate) struct Args {
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..=512))]
     tokens: u32,
     /// How the third node misbehaves
-    #[arg(long, default_value = "wrong-activations", value_parser = ["wrong-activations", "wrong-vote", "feed-back-other", "silent"])]
+    #[arg(long, default_value = LIES[0], value_parser = LIES)]
     lie: String,
     /// Where to keep the receipt [default: a folder below the system's temporary one]
     #[arg(long, value_name = "DIR")]
@@ -116,12 +118,7 @@ async fn show(args: &Args, global: &Global) -> Result<(), Failure> {
 }
 
 async fn start(args: &Args, data: &Path, stage: &Stage) -> Result<Cluster, Failure> {
-    let lie: &'static str = match args.lie.as_str() {
-        "wrong-vote" => "wrong-vote",
-        "feed-back-other" => "feed-back-other",
-        "silent" => "silent",
-        _ => "wrong-activations",
-    };
+    let lie = LIES.into_iter().find(|lie| *lie == args.lie).unwrap_or(LIES[0]);
     stage.title();
     let began = Instant::now();
     let loopback = Loopback { adversaries: BTreeMap::from([(LIAR, lie)]), ..Loopback::default() };
