@@ -133,7 +133,7 @@ fn text_of(events: &[Value]) -> String {
 /// Waits until the node's metrics say this.
 async fn until_metric(gateway: &Gateway, line: &str) {
     let telemetry = &gateway.cluster.nodes[0].services().telemetry;
-    while !telemetry.render().lines().any(|metric| metric == line) {
+    while !telemetry.render(butterfly_engine::telemetry::TextFormat::Classic).lines().any(|metric| metric == line) {
         tokio::task::yield_now().await;
     }
 }

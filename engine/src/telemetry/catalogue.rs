@@ -253,6 +253,8 @@ pub struct Metrics {
     pub partition_computation_duration_seconds: Timing,
     /// Plans answered from the cache.
     pub partition_cache_hit_ratio: HitRatio,
+    /// How near the plan comes to an even division of the work by the speed of the nodes: 1 is even.
+    pub partition_quality_ratio: Level,
     /// Rounds of the protocol.
     pub consensus_rounds_total: Labelled<PhaseLabels, Counter>,
     /// Transitions between its phases.
@@ -269,6 +271,8 @@ pub struct Metrics {
     pub commit_seconds: Timing,
     /// Receipts made durable.
     pub receipts_total: Counter,
+    /// Checkpoints certified.
+    pub checkpoints_total: Counter,
     /// Deliveries of events given up because a subscriber was full.
     pub events_dropped_total: Counter,
 }
@@ -298,6 +302,7 @@ impl Metrics {
     /// Starts at zero what is counted of a member of the roster, this node included.
     pub fn declare_member(&self, node: &NodeId) {
         let label = NodeLabel::from(node);
+        self.peer(node);
         self.kv_cache_usage_ratio.of(&label);
         self.evidence_total.of(&label);
         for result in VerificationResult::ALL {
@@ -398,6 +403,11 @@ impl Metrics {
             "Plans answered from the cache",
             self.partition_cache_hit_ratio.clone(),
         );
+        registry.register(
+            "partition_quality_ratio",
+            "How even the plan divides the work by the speed of the nodes",
+            self.partition_quality_ratio.clone(),
+        );
         registry.register("consensus_rounds", "Rounds of the protocol", self.consensus_rounds_total.clone());
         registry.register("phase_transitions", "Transitions between phases", self.phase_transitions_total.clone());
         registry.register("node_failures", "Nodes that failed in a phase", self.node_failures_total.clone());
@@ -406,6 +416,7 @@ impl Metrics {
         registry.register("evidence", "Evidence found against a node", self.evidence_total.clone());
         registry.register("commit_seconds", "Time to make a batch durable", self.commit_seconds.clone());
         registry.register("receipts", "Receipts made durable", self.receipts_total.clone());
+        registry.register("checkpoints", "Checkpoints certified", self.checkpoints_total.clone());
     }
 }
 

@@ -3,15 +3,18 @@
 //! Invariants: counting never waits for whoever reads; one telemetry belongs to one node, so several nodes in one process
 //! do not mix.
 //!
-//! It refuses to know where metrics are sent: [`Telemetry::render`] gives text.
+//! It refuses to know where metrics are sent: [`Telemetry::render`] and [`Telemetry::report`] give text.
 
 mod catalogue;
 mod events;
 mod graph;
 mod labelled;
 mod profile;
+mod report;
 mod states;
+mod text;
 mod timing;
+mod trace;
 
 use std::sync::Arc;
 
@@ -28,8 +31,11 @@ pub use labelled::{LABEL_SETS_MAX, Labelled};
 pub use profile::{EdgeProfile, Profile, StageProfile};
 pub use prometheus_client::metrics::counter::Counter;
 pub use prometheus_client::metrics::gauge::Gauge;
+pub use report::ReportForm;
 pub use states::{StageState, StageStates, StateGuard, StateTimes};
+pub use text::{Sample, TextFormat, samples};
 pub use timing::{DURATION_MAX, Quantiles, Timing};
+pub use trace::{Context, MARKS_MAX, Mark, REQUEST_ID_BYTES_MAX, TRACED_MAX, Timeline, TraceContext, TraceKey, Traces};
 
 use crate::channel::Bounds;
 use crate::clock::{Clock, RealClock};
@@ -44,6 +50,7 @@ pub struct Telemetry {
     metrics: Metrics,
     events: EventBus,
     graph: Arc<GraphMeters>,
+    traces: Traces,
 }
 
 impl Telemetry {
@@ -60,7 +67,8 @@ impl Telemetry {
         let graph = Arc::new(GraphMeters::default());
         graph.register(&mut registry, &node);
         let events = EventBus::new(Arc::clone(&clock), metrics.events_dropped_total.clone());
-        Self { node, clock, registry, metrics, events, graph }
+        let traces = Traces::new(Arc::clone(&clock));
+        Self { node, clock, registry, metrics, events, graph, traces }
     }
 
     /// The node this is about.
@@ -78,16 +86,26 @@ impl Telemetry {
         &self.events
     }
 
+    /// What happened to recent requests on this node.
+    pub fn traces(&self) -> &Traces {
+        &self.traces
+    }
+
+    /// The clock that everything here is told by.
+    pub fn clock(&self) -> &Arc<dyn Clock> {
+        &self.clock
+    }
+
     /// The counters of a peer.
     pub fn peer(&self, node: &NodeId) -> PeerMeters {
         self.metrics.peer(node)
     }
 
-    /// All metrics as OpenMetrics text. Empty if formatting failed, which it does only when memory runs out.
-    pub fn render(&self) -> String {
+    /// All metrics as text. Empty if formatting failed, which it does only when memory runs out.
+    pub fn render(&self, format: TextFormat) -> String {
         let mut text = String::new();
         match prometheus_client::encoding::text::encode(&mut text, &self.registry) {
-            Ok(()) => text,
+            Ok(()) => format.finish(&text),
             Err(std::fmt::Error) => String::new(),
         }
     }

@@ -15,7 +15,7 @@ use super::*;
 use crate::channel::Bounds;
 use crate::clock::RealClock;
 use crate::frame::Frame;
-use crate::telemetry::Telemetry;
+use crate::telemetry::{Telemetry, TextFormat};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Driver {
@@ -85,7 +85,7 @@ impl Cluster {
 
     /// The metrics of a node that was started, as text.
     fn metrics(&self, name: &str) -> String {
-        self.telemetry[&node(name)].render()
+        self.telemetry[&node(name)].render(TextFormat::Classic)
     }
 
     fn mesh(&mut self, name: &str) -> Mesh {

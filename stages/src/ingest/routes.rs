@@ -17,7 +17,7 @@ use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse, Response};
 use axum::routing::{delete, get, post};
-use butterfly_engine::telemetry::{TaskLabels, TaskStatus};
+use butterfly_engine::telemetry::{TaskLabels, TaskStatus, TextFormat};
 
 use super::body::{BodyReader, ReadBody};
 use super::errors::Failure;
@@ -212,7 +212,9 @@ async fn show_health(State(front): State<Arc<Front>>, headers: HeaderMap) -> Res
     health::respond(&front.gateway, front.request_timeout(), front.is_trusted(&headers))
 }
 
-async fn show_metrics(State(front): State<Arc<Front>>) -> Response {
-    let form = HeaderValue::from_static("application/openmetrics-text; version=1.0.0; charset=utf-8");
-    ([(axum::http::header::CONTENT_TYPE, form)], front.gateway.services.telemetry.render()).into_response()
+async fn show_metrics(State(front): State<Arc<Front>>, headers: HeaderMap) -> Response {
+    let accept = headers.get(axum::http::header::ACCEPT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let format = TextFormat::accepted(accept);
+    let form = HeaderValue::from_static(format.content_type());
+    ([(axum::http::header::CONTENT_TYPE, form)], front.gateway.services.telemetry.render(format)).into_response()
 }
