@@ -94,7 +94,7 @@ struct Tile<'a, F: Format> {
     /// Query r is head `r % group` of the key head's, in row `r / group`.
     queries: Range<usize>,
     q: &'a [f32],
-    out: &'a Disjoint<'a>,
+    out: &'a Disjoint<'a, f32>,
 }
 
 impl<F: Format> Kernel for Tile<'_, F> {

@@ -20,7 +20,9 @@ pub mod math;
 pub mod sample;
 
 mod activation;
+mod activation_blocks;
 mod attention;
+mod blocks;
 mod cache;
 mod element;
 mod environment;

@@ -12,11 +12,10 @@
 
 use crate::activation::{Map, map};
 use crate::path::Path;
-use crate::simd::Simd;
+use crate::simd::{ROUNDER, SIGN, Simd};
 
 /// The only NaN these functions return.
 const NAN_BITS: u32 = 0x7fc0_0000;
-const SIGN: u32 = 0x8000_0000;
 const MAGNITUDE: u32 = !SIGN;
 
 const EXPONENT_BIAS: u32 = 127;
@@ -24,8 +23,6 @@ const EXPONENT_BIAS: u32 = 127;
 /// Below, exp rounds to zero; above, to infinity. Clamping keeps the exponent arithmetic in range.
 const EXP_LOW: f32 = -104.5;
 const EXP_HIGH: f32 = 89.0;
-/// Adding it rounds to an integer, which is then in the low bits: 1.5 · 2^23.
-const ROUNDER: f32 = 12_582_912.0;
 const LN_2_HIGH: f32 = std::f32::consts::LN_2;
 /// ln 2 - `LN_2_HIGH`.
 const LN_2_LOW: f32 = -1.904_654_3e-9;

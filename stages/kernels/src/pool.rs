@@ -287,17 +287,18 @@ impl Shared {
 }
 
 /// A slice whose parts are given out to several threads.
-pub(crate) struct Disjoint<'a> {
-    start: *mut f32,
+pub(crate) struct Disjoint<'a, T> {
+    start: *mut T,
     len: usize,
-    borrow: PhantomData<&'a mut [f32]>,
+    borrow: PhantomData<&'a mut [T]>,
 }
 
-// SAFETY: it is an exclusive borrow of numbers, and the contract of `part` keeps the parts that threads hold apart.
-unsafe impl Sync for Disjoint<'_> {}
+// SAFETY: it is an exclusive borrow of things that may move between threads, and the contract of `part` keeps the parts
+// that threads hold apart.
+unsafe impl<T: Send> Sync for Disjoint<'_, T> {}
 
-impl<'a> Disjoint<'a> {
-    pub(crate) fn new(slice: &'a mut [f32]) -> Disjoint<'a> {
+impl<'a, T> Disjoint<'a, T> {
+    pub(crate) fn new(slice: &'a mut [T]) -> Disjoint<'a, T> {
         Disjoint { start: slice.as_mut_ptr(), len: slice.len(), borrow: PhantomData }
     }
 
@@ -309,7 +310,7 @@ impl<'a> Disjoint<'a> {
     /// # Panics
     /// If the range is not inside the slice.
     #[allow(clippy::mut_from_ref)]
-    pub(crate) unsafe fn part(&self, range: Range<usize>) -> &mut [f32] {
+    pub(crate) unsafe fn part(&self, range: Range<usize>) -> &mut [T] {
         assert!(range.start <= range.end && range.end <= self.len);
         // SAFETY: the assertion keeps the offset inside the slice.
         let start = unsafe { self.start.add(range.start) };

@@ -6,6 +6,9 @@
 //! - Lane operations never mix lanes; folds are written out by the kernels in the order the profile fixes.
 //! - There is no min, max or estimate: instruction sets disagree on those. Compare and select instead.
 
+use crate::activation_blocks::PairSums;
+use crate::blocks::FOUR;
+
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
 
@@ -14,6 +17,12 @@ pub(crate) const LANES: usize = 16;
 
 /// Sixteen f32, as they lie in memory.
 pub(crate) type Block = [f32; LANES];
+
+/// The sign of an f32.
+pub(crate) const SIGN: u32 = 0x8000_0000;
+
+/// Adding it to a small f32 rounds that to an integer, to nearest even; the integer is then in the low bits. 1.5 · 2^23.
+pub(crate) const ROUNDER: f32 = 12_582_912.0;
 
 /// One operation, as its scalar definition and as vector code.
 ///
@@ -35,8 +44,18 @@ pub(crate) trait Simd: Copy {
     type F: Copy;
     /// Sixteen truth values.
     type Mask: Copy;
-    /// Sixteen 32-bit patterns.
+    /// Sixteen 32-bit patterns, or integers.
     type Bits: Copy;
+    /// Four bytes for each of sixteen outputs.
+    type Bytes: Copy;
+    /// Sixteen sums of products of few bits.
+    type Small: Copy;
+    /// What multiplies [`Simd::Small`].
+    type Factors: Copy;
+
+    /// Runs a kernel's vector code as a function of its own, which keeps generic code from being compiled into each
+    /// of its callers.
+    fn call<K: Kernel>(self, kernel: K) -> K::Output;
 
     fn splat(self, value: f32) -> Self::F;
     fn load(self, from: &Block) -> Self::F;
@@ -71,6 +90,31 @@ pub(crate) trait Simd: Copy {
     fn to_exponent(self, a: Self::Bits) -> Self::Bits;
     /// `a >> 1`, arithmetic.
     fn halve(self, a: Self::Bits) -> Self::Bits;
+    /// Integers to f32, to nearest even.
+    fn to_f32(self, a: Self::Bits) -> Self::F;
+
+    fn bytes(self, from: &[u8; FOUR]) -> Self::Bytes;
+    /// The low four bits of each byte, and the high four.
+    fn nibbles(self, a: Self::Bytes) -> (Self::Bytes, Self::Bytes);
+    /// `low | (upper >> shift & mask) << 4` in each byte. `shift` is below 8.
+    fn raise(self, low: Self::Bytes, upper: Self::Bytes, shift: usize, mask: u8) -> Self::Bytes;
+
+    /// The start of sums of products with bytes x, given the sums of those.
+    fn dot_start(self, sums: PairSums) -> Self::Bits;
+    /// Adds, exactly, four products of signed bytes in each lane. x is within ±127.
+    fn dot(self, acc: Self::Bits, weights: Self::Bytes, x: [i8; 4]) -> Self::Bits;
+
+    /// `offset` times all x, given their sums: what turns sums of products with w into those with w + `offset`.
+    fn small(self, sums: PairSums, offset: i16) -> Self::Small;
+    /// Adds four products in each lane. Weights are in 0..64 and x within ±127. The sum is exact after at most eight
+    /// calls if the weights, with the offset, are within ±16, and after at most four if they are within ±32.
+    fn dot_small(self, acc: Self::Small, weights: Self::Bytes, x: [i8; 4]) -> Self::Small;
+    fn total(self, a: Self::Small) -> Self::Bits;
+    fn factors(self, from: &[i8; LANES]) -> Self::Factors;
+    /// `acc + a * factors`, exactly.
+    fn add_scaled(self, acc: Self::Bits, a: Self::Small, factors: Self::Factors) -> Self::Bits;
+    /// Adds two products of unsigned bytes with x in each lane, exactly.
+    fn dot_pairs(self, acc: Self::Bits, pairs: &[[u8; 2]; LANES], x: [i16; 2]) -> Self::Bits;
 }
 
 /// The lanes of `from`, which may be fewer than sixteen; the rest are +0.0.

@@ -126,16 +126,17 @@ fn llama_costs(config: &LlamaConfig, dtype: Dtype) -> Vec<LayerCost> {
         };
         config.layers
     ];
-    let weights = llama::layer_shapes(config).iter().map(elements).sum::<usize>() * dtype.size_bytes();
+    let bytes = |numbers| dtype.row_bytes(numbers).unwrap_or(usize::MAX) as u64;
+    let weights = bytes(llama::layer_shapes(config).iter().map(elements).sum::<usize>());
     for cost in &mut costs {
-        cost.weight_bytes = weights as u64;
+        cost.weight_bytes = weights;
     }
     if let Some(first) = costs.first_mut() {
-        first.weight_bytes += (embedding * dtype.size_bytes()) as u64;
+        first.weight_bytes += bytes(embedding);
     }
     if let Some(last) = costs.last_mut() {
         // On one slice a tied head costs nothing more; a planner that cuts the model needs it on both ends.
-        last.weight_bytes += ((embedding + config.hidden) * dtype.size_bytes()) as u64;
+        last.weight_bytes += bytes(embedding + config.hidden);
         last.work += embedding as f64;
         last.boundary_bytes = size_of::<u32>() as u64;
     }
@@ -151,7 +152,7 @@ fn mlp_costs(config: &MlpConfig, dtype: Dtype) -> Vec<LayerCost> {
     sizes
         .filter_map(|pair| match *pair {
             [inputs, outputs] => Some(LayerCost {
-                weight_bytes: ((inputs + 1) * outputs * dtype.size_bytes()) as u64,
+                weight_bytes: dtype.row_bytes((inputs + 1) * outputs).unwrap_or(usize::MAX) as u64,
                 kv_bytes_per_position: 0,
                 work: (inputs * outputs) as f64,
                 boundary_bytes: (outputs * size_of::<f32>()) as u64,

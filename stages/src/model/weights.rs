@@ -210,7 +210,7 @@ impl Weights {
     ) -> Result<Vec<f32>, WeightsError> {
         let (place, dtype) = self.place(tensor, &[length], dtype)?;
         let bytes = self.bytes(parts, tensor, place)?;
-        let vector: Vec<f32> = bytes.chunks_exact(dtype.size_bytes()).map(|element| widen(dtype, element)).collect();
+        let vector: Vec<f32> = bytes.chunks_exact(dtype.block_bytes()).map(|element| widen(dtype, element)).collect();
         match vector.iter().position(|value| !value.is_finite()) {
             None => Ok(vector),
             Some(element) => Err(self.not_finite(tensor, place, dtype, bytes, element)),
@@ -226,7 +226,7 @@ impl Weights {
     }
 
     fn not_finite(&self, tensor: &str, place: &Place, dtype: Dtype, bytes: &[u8], element: usize) -> WeightsError {
-        let found = bytes.chunks_exact(dtype.size_bytes()).nth(element).map_or(f32::NAN, |bytes| widen(dtype, bytes));
+        let found = bytes.chunks_exact(dtype.block_bytes()).nth(element).map_or(f32::NAN, |bytes| widen(dtype, bytes));
         WeightsError::NotFinite { file: self.file(place.file), tensor: tensor.to_owned(), element, found }
     }
 
@@ -377,11 +377,16 @@ fn widen(dtype: Dtype, bytes: &[u8]) -> f32 {
     }
 }
 
-/// As safetensors spells it.
+/// As weight files spell it.
 fn name(dtype: Dtype) -> &'static str {
     match dtype {
         Dtype::F32 => "F32",
         Dtype::F16 => "F16",
         Dtype::Bf16 => "BF16",
+        Dtype::Q8_0 => "Q8_0",
+        Dtype::Q4_0 => "Q4_0",
+        Dtype::Q4K => "Q4_K",
+        Dtype::Q5K => "Q5_K",
+        Dtype::Q6K => "Q6_K",
     }
 }

@@ -71,31 +71,56 @@ fn functions(pool: &Pool, outputs: &mut Outputs<'_>) {
 }
 
 fn linear_layers(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
-    let (rows, columns) = (35, 300);
-    for dtype in [Dtype::F32, Dtype::F16, Dtype::Bf16] {
-        let weights = source.numbers(rows * columns);
-        let bytes: Vec<u8> = weights
-            .iter()
-            .flat_map(|weight| match dtype {
-                Dtype::F32 => weight.to_le_bytes().to_vec(),
-                // The leading bits of these small multiples of a power of two, in both formats.
-                Dtype::F16 => half::f16::from_f32_const(*weight).to_le_bytes().to_vec(),
-                Dtype::Bf16 => half::bf16::from_f32_const(*weight).to_le_bytes().to_vec(),
-            })
-            .collect();
+    for dtype in Dtype::ALL {
+        // Two panels and a part of one, and more than one block of the format.
+        let (rows, columns) = (35, if dtype.block_columns() == 1 { 300 } else { 512 });
+        let bytes: Vec<u8> = match dtype {
+            Dtype::F32 => numbers(source, rows * columns, |weight| weight.to_le_bytes().to_vec()),
+            // The leading bits of these small multiples of a power of two, in both formats.
+            Dtype::F16 => {
+                numbers(source, rows * columns, |weight| half::f16::from_f32_const(weight).to_le_bytes().to_vec())
+            }
+            Dtype::Bf16 => {
+                numbers(source, rows * columns, |weight| half::bf16::from_f32_const(weight).to_le_bytes().to_vec())
+            }
+            Dtype::Q8_0 | Dtype::Q4_0 => blocks(source, dtype, rows * columns, &[0]),
+            Dtype::Q4K | Dtype::Q5K => blocks(source, dtype, rows * columns, &[0, 2]),
+            Dtype::Q6K => blocks(source, dtype, rows * columns, &[208]),
+        };
         let view = WeightView { dtype, bytes: &bytes, rows, columns };
-        // Weights in [-1, 1] that fill the shape always pack.
+        // Finite weights that fill the shape always pack.
         let Ok(matrix) = Matrix::pack(view) else {
             continue;
         };
+        let mut row = vec![0.0; columns];
+        matrix.row(rows - 1, &mut row);
+        outputs.add("row", &row);
         let bias = source.numbers(rows);
-        for n in [1, 8] {
+        for n in [1, 2, 3, 4, 8, 15] {
             let x = source.numbers(n * columns);
             let mut y = vec![0.0; n * rows];
             linear(pool, &matrix, Some(&bias), &x, &mut y);
             outputs.add("linear", &y);
         }
     }
+}
+
+fn numbers(source: &mut Source, count: usize, store: impl Fn(f32) -> Vec<u8>) -> Vec<u8> {
+    source.numbers(count).into_iter().flat_map(store).collect()
+}
+
+/// Blocks of any bits, but for the f16 at the offsets given.
+fn blocks(source: &mut Source, dtype: Dtype, count: usize, halves: &[usize]) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    for _ in 0..count / dtype.block_columns() {
+        let start = bytes.len();
+        bytes.extend((0..dtype.block_bytes()).map(|_| source.next() as u8));
+        for half in halves {
+            let number = half::f16::from_f32_const(source.number() / 64.0);
+            bytes[start + half..][..2].copy_from_slice(&number.to_le_bytes());
+        }
+    }
+    bytes
 }
 
 fn norms_and_activations(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {

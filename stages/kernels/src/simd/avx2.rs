@@ -6,6 +6,8 @@
 use std::arch::x86_64::*;
 
 use super::{Block, Kernel, LANES, Simd};
+use crate::activation_blocks::PairSums;
+use crate::blocks::FOUR;
 
 /// Proof that this processor has AVX2, FMA and F16C.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -34,6 +36,7 @@ impl Avx2 {
     /// Runs a kernel's vector code with the instructions enabled.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
+        #[inline(never)]
         #[target_feature(enable = "avx2,fma,f16c")]
         fn enabled<K: Kernel>(simd: Avx2, kernel: K) -> K::Output {
             kernel.vector(simd)
@@ -50,6 +53,16 @@ impl Simd for Avx2 {
     type F = Pair<__m256>;
     type Mask = Pair<__m256>;
     type Bits = Pair<__m256i>;
+    type Bytes = Pair<__m256i>;
+    /// Two 16-bit sums for each output.
+    type Small = Pair<__m256i>;
+    /// Each factor twice, in 16 bits.
+    type Factors = Pair<__m256i>;
+
+    #[inline(always)]
+    fn call<K: Kernel>(self, kernel: K) -> K::Output {
+        self.run(kernel)
+    }
 
     #[inline(always)]
     fn splat(self, value: f32) -> Self::F {
@@ -180,6 +193,123 @@ impl Simd for Avx2 {
     fn halve(self, a: Self::Bits) -> Self::Bits {
         with_avx2!((_mm256_srai_epi32::<1>(a.0), _mm256_srai_epi32::<1>(a.1)))
     }
+
+    #[inline(always)]
+    fn to_f32(self, a: Self::Bits) -> Self::F {
+        with_avx2!((_mm256_cvtepi32_ps(a.0), _mm256_cvtepi32_ps(a.1)))
+    }
+
+    #[inline(always)]
+    fn bytes(self, from: &[u8; FOUR]) -> Self::Bytes {
+        let from = from.as_ptr();
+        // SAFETY: `from` points at 64 bytes, the two unaligned loads read bytes 0..32 and 32..64 of them, and `self`
+        // proves AVX2.
+        #[allow(clippy::multiple_unsafe_ops_per_block)]
+        unsafe {
+            (_mm256_loadu_si256(from.cast()), _mm256_loadu_si256(from.add(32).cast()))
+        }
+    }
+
+    #[inline(always)]
+    fn nibbles(self, a: Self::Bytes) -> (Self::Bytes, Self::Bytes) {
+        let mask = with_avx2!(_mm256_set1_epi8(15));
+        let low = with_avx2!((_mm256_and_si256(a.0, mask), _mm256_and_si256(a.1, mask)));
+        let high = with_avx2!((_mm256_srli_epi16::<4>(a.0), _mm256_srli_epi16::<4>(a.1)));
+        (low, with_avx2!((_mm256_and_si256(high.0, mask), _mm256_and_si256(high.1, mask))))
+    }
+
+    #[inline(always)]
+    fn raise(self, low: Self::Bytes, upper: Self::Bytes, shift: usize, mask: u8) -> Self::Bytes {
+        let mask = with_avx2!(_mm256_set1_epi8((mask << 4).cast_signed()));
+        let one = |low, upper| {
+            with_avx2!({
+                let left = _mm_cvtsi64_si128(4usize.saturating_sub(shift) as i64);
+                let right = _mm_cvtsi64_si128(shift.saturating_sub(4) as i64);
+                let moved = _mm256_srl_epi16(_mm256_sll_epi16(upper, left), right);
+                _mm256_or_si256(low, _mm256_and_si256(moved, mask))
+            })
+        };
+        (one(low.0, upper.0), one(low.1, upper.1))
+    }
+
+    #[inline(always)]
+    fn dot_start(self, _sums: PairSums) -> Self::Bits {
+        self.splat_bits(0)
+    }
+
+    /// Unsigned times signed, as the instruction has it, with the sign moved from the weight to x. A pair of products is
+    /// at most 2 · 128 · 127, which does not saturate.
+    #[inline(always)]
+    fn dot(self, acc: Self::Bits, weights: Self::Bytes, x: [i8; 4]) -> Self::Bits {
+        let x = splat_four(self, x);
+        let one = |acc, weights| {
+            with_avx2!({
+                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
+                _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
+            })
+        };
+        (one(acc.0, weights.0), one(acc.1, weights.1))
+    }
+
+    #[inline(always)]
+    fn small(self, sums: PairSums, offset: i16) -> Self::Small {
+        // Within 16 bits: at most 8 · 16 · 127 or 32 · 8 · 127.
+        let start = sums.map(|sum| (sum.wrapping_mul(offset)).cast_unsigned());
+        self.splat_bits(u32::from(start[0]) | u32::from(start[1]) << 16)
+    }
+
+    /// A pair of products is at most 2 · 63 · 127. Sums wrap, so that only the last needs to fit.
+    #[inline(always)]
+    fn dot_small(self, acc: Self::Small, weights: Self::Bytes, x: [i8; 4]) -> Self::Small {
+        let x = splat_four(self, x);
+        with_avx2!((
+            _mm256_add_epi16(acc.0, _mm256_maddubs_epi16(weights.0, x)),
+            _mm256_add_epi16(acc.1, _mm256_maddubs_epi16(weights.1, x)),
+        ))
+    }
+
+    #[inline(always)]
+    fn total(self, a: Self::Small) -> Self::Bits {
+        let one = with_avx2!(_mm256_set1_epi16(1));
+        with_avx2!((_mm256_madd_epi16(a.0, one), _mm256_madd_epi16(a.1, one)))
+    }
+
+    #[inline(always)]
+    fn factors(self, from: &[i8; LANES]) -> Self::Factors {
+        let bytes = load_sixteen(self, bytemuck::cast_ref(from));
+        with_avx2!({
+            let words = _mm256_cvtepi8_epi16(bytes);
+            // Lanes 0..4 and 8..12, then 4..8 and 12..16.
+            let (a, b) = (_mm256_unpacklo_epi16(words, words), _mm256_unpackhi_epi16(words, words));
+            (_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b))
+        })
+    }
+
+    #[inline(always)]
+    fn add_scaled(self, acc: Self::Bits, a: Self::Small, factors: Self::Factors) -> Self::Bits {
+        with_avx2!((
+            _mm256_add_epi32(acc.0, _mm256_madd_epi16(a.0, factors.0)),
+            _mm256_add_epi32(acc.1, _mm256_madd_epi16(a.1, factors.1)),
+        ))
+    }
+
+    #[inline(always)]
+    fn dot_pairs(self, acc: Self::Bits, pairs: &[[u8; 2]; LANES], x: [i16; 2]) -> Self::Bits {
+        let pairs: &[[u8; 16]; 2] = bytemuck::cast_ref(pairs);
+        let (low, high) = (load_sixteen(self, &pairs[0]), load_sixteen(self, &pairs[1]));
+        let x = self.splat_bits(u32::from(x[0].cast_unsigned()) | u32::from(x[1].cast_unsigned()) << 16);
+        with_avx2!((
+            _mm256_add_epi32(acc.0, _mm256_madd_epi16(_mm256_cvtepu8_epi16(low), x.0)),
+            _mm256_add_epi32(acc.1, _mm256_madd_epi16(_mm256_cvtepu8_epi16(high), x.1)),
+        ))
+    }
+}
+
+/// The same four bytes for every output.
+#[inline(always)]
+fn splat_four(_proof: Avx2, four: [i8; 4]) -> __m256i {
+    let four = i32::from_le_bytes(four.map(i8::cast_unsigned));
+    with_avx2!(_mm256_set1_epi32(four))
 }
 
 /// Sixteen 16-bit patterns as two registers of eight.
@@ -192,4 +322,10 @@ fn load_halves(_proof: Avx2, from: &[u16; LANES]) -> Pair<__m128i> {
     unsafe {
         (_mm_loadu_si128(from.cast()), _mm_loadu_si128(from.add(8).cast()))
     }
+}
+
+#[inline(always)]
+fn load_sixteen(_proof: Avx2, from: &[u8; 16]) -> __m128i {
+    // SAFETY: `from` points at the sixteen bytes that are read, and the proof implies SSE2.
+    unsafe { _mm_loadu_si128(from.as_ptr().cast()) }
 }

@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs, unreachable_pub, dead_code)]
 
+pub mod blocks;
+
 use butterfly_kernels::{Dtype, Matrix, Path, Pool, WeightView, math};
 use proptest::prelude::*;
 
@@ -56,6 +58,7 @@ impl Numbers {
     }
 }
 
+/// Formats of plain numbers.
 pub fn dtypes() -> impl Strategy<Value = Dtype> {
     prop_oneof![Just(Dtype::F32), Just(Dtype::F16), Just(Dtype::Bf16)]
 }
@@ -80,6 +83,7 @@ pub fn stored(values: &[f32], dtype: Dtype) -> (Vec<u8>, Vec<f32>) {
                 bytes.extend(stored.to_le_bytes());
                 exact.push(stored.to_f32());
             }
+            _ => unreachable!("a format of plain numbers"),
         }
     }
     (bytes, exact)

@@ -110,7 +110,7 @@ fn the_first_weight_that_is_not_finite_is_named() {
         (Dtype::F16, "F16", [0x7e00_u16, 0x7c00, 0xfc00].map(|x| x.to_le_bytes().to_vec())),
         (Dtype::Bf16, "BF16", [0x7fc0_u16, 0x7f80, 0xff80].map(|x| x.to_le_bytes().to_vec())),
     ] {
-        let size = dtype.size_bytes();
+        let size = dtype.block_bytes();
         let header = format!(r#"{{"w":{{"dtype":"{name}","shape":[5],"data_offsets":[0,{}]}}}}"#, 5 * size);
         for value in values {
             let mut data = vec![0x3f; 5 * size];

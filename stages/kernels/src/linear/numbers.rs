@@ -1,16 +1,16 @@
-//! Linear layers: `y = W x + b`, one chain for each output.
+//! Linear layers over weights that are plain numbers.
 //!
 //! Invariants:
-//! - `acc = fma(w[k], x[k], acc)` with k ascending from +0.0, then the bias is added. One row and many rows, one thread
-//!   and many, compute the same chain.
+//! - `acc = fma(w[k], x[k], acc)` with k ascending from +0.0. One row and many rows, one thread and many, compute the
+//!   same chain.
 //! - Few rows read each weight once, straight from its panel; many rows widen a block of a panel once and reuse it while
 //!   it is in the first-level cache. Between blocks the chains rest in memory, which changes no bit.
 
 use std::ops::Range;
 
-use crate::element::{Bf16, F16, F32, Format, Step};
-use crate::matrix::{Matrix, Panels};
-use crate::pool::{Disjoint, Pool};
+use super::{BLOCK_ROWS, Outputs};
+use crate::element::{F32, Format, Step};
+use crate::pool::Pool;
 use crate::simd::{Block, Kernel, LANES, Simd};
 use crate::tile::{TILE_ROWS, chain, chain_scalar, tiles};
 
@@ -18,57 +18,23 @@ use crate::tile::{TILE_ROWS, chain, chain_scalar, tiles};
 /// panels to keep the arithmetic busy.
 const ROW_PANELS: usize = 4;
 
-/// Rows that share one pass over the weights: sixteen tiles.
-const BLOCK_ROWS: usize = 16 * TILE_ROWS;
-
 /// Steps of a panel that are widened at a time: 16 KiB, half of a first-level cache.
 const BLOCK_STEPS: usize = 256;
 
-/// Writes `y = W x + bias` for each row of `x` `[n, columns]` to `y` `[n, rows]`.
-///
-/// # Panics
-/// If the shapes do not fit the matrix, or each other.
-pub fn linear(pool: &Pool, matrix: &Matrix, bias: Option<&[f32]>, x: &[f32], y: &mut [f32]) {
-    let (outputs, inputs) = (matrix.rows(), matrix.columns());
-    let rows = x.len() / inputs;
-    assert_eq!(x.len(), rows * inputs, "x is rows of {inputs} inputs");
-    assert_eq!(y.len(), rows * outputs, "y is {rows} rows of {outputs}");
-    assert!(bias.is_none_or(|bias| bias.len() == outputs), "a bias has one number per output");
-    for (x, y) in x.chunks(BLOCK_ROWS * inputs).zip(y.chunks_mut(BLOCK_ROWS * outputs)) {
-        match matrix.panels() {
-            Panels::F32(steps) => rows_block::<F32>(pool, steps, inputs, outputs, bias, x, y),
-            Panels::F16(steps) => rows_block::<F16>(pool, steps, inputs, outputs, bias, x, y),
-            Panels::Bf16(steps) => rows_block::<Bf16>(pool, steps, inputs, outputs, bias, x, y),
-        }
-    }
-}
-
-/// At most [`BLOCK_ROWS`] rows, with the panels shared among the pool's threads.
-fn rows_block<F: Format>(
-    pool: &Pool,
-    steps: &[Step<F::Stored>],
-    inputs: usize,
-    outputs: usize,
-    bias: Option<&[f32]>,
-    x: &[f32],
-    y: &mut [f32],
-) {
-    let y = Disjoint::new(y);
+/// At most [`BLOCK_ROWS`] rows of `inputs` numbers, with the panels shared among the pool's threads.
+pub(super) fn apply<F: Format>(pool: &Pool, steps: &[Step<F::Stored>], inputs: usize, x: &[f32], out: &Outputs<'_>) {
     let work = |panels: Range<usize>| {
-        pool.path().run(Chunk::<F> { steps, inputs, outputs, bias, x, y: &y, panels });
+        pool.path().run(Chunk::<F> { steps, inputs, x, out, panels });
     };
-    let panels = outputs.div_ceil(LANES);
-    pool.split(panels, ROW_PANELS, x.len() * LANES, &work);
+    pool.split(steps.len() / inputs, ROW_PANELS, x.len() * LANES, &work);
 }
 
 /// Some panels of a matrix, applied to some rows. Whoever holds it owns the outputs of those panels.
 struct Chunk<'a, F: Format> {
     steps: &'a [Step<F::Stored>],
     inputs: usize,
-    outputs: usize,
-    bias: Option<&'a [f32]>,
     x: &'a [f32],
-    y: &'a Disjoint<'a>,
+    out: &'a Outputs<'a>,
     panels: Range<usize>,
 }
 
@@ -117,22 +83,10 @@ impl<F: Format> Chunk<'_, F> {
         &self.steps[panel * self.inputs..][..self.inputs]
     }
 
-    /// Adds the bias to finished chains and writes those that are outputs of the matrix.
     #[inline(always)]
     fn write(&self, row: usize, panel: usize, sums: &Block) {
-        let first = panel * LANES;
-        let width = LANES.min(self.outputs - first);
-        let start = row * self.outputs + first;
-        // SAFETY: the panel's outputs belong to this chunk alone, and the part ends with this call.
-        let out = unsafe { self.y.part(start..start + width) };
-        match self.bias {
-            Some(bias) => {
-                for ((out, sum), bias) in out.iter_mut().zip(sums).zip(&bias[first..]) {
-                    *out = sum + bias;
-                }
-            }
-            None => out.copy_from_slice(&sums[..width]),
-        }
+        // SAFETY: the panel's outputs belong to this chunk alone.
+        unsafe { self.out.write(row, panel, sums) }
     }
 
     /// `R` rows, all that there are, and `P` panels at a time while there are so many.

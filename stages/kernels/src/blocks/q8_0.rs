@@ -1,0 +1,74 @@
+//! Q8_0: `w = scale · q`, 32 numbers a block.
+
+use bytemuck::{Pod, Zeroable};
+
+use super::{Blocks, FOUR, dot, is_finite, stored_f16, widen};
+use crate::activation_blocks::{ActivationBlock, Activations32};
+use crate::simd::{LANES, Simd};
+
+/// Bytes of the scale in a file.
+const HEAD: usize = 2;
+
+#[derive(Clone, Copy, Zeroable, Pod)]
+#[repr(C, align(32))]
+pub(crate) struct Q8_0 {
+    scales: [u16; LANES],
+    quants: [[u8; FOUR]; 8],
+}
+
+impl Blocks for Q8_0 {
+    type Activations = Activations32;
+    const FILE_BYTES: usize = HEAD + 32;
+
+    fn set(&mut self, lane: usize, file: &[u8]) {
+        self.scales[lane] = stored_f16(file);
+        let (fours, _) = file[HEAD..].as_chunks::<4>();
+        for (vector, four) in self.quants.iter_mut().zip(fours) {
+            vector[4 * lane..][..4].copy_from_slice(four);
+        }
+    }
+
+    fn is_sound(&self, lane: usize) -> bool {
+        is_finite(self.scales[lane])
+    }
+
+    fn quants(&self, lane: usize, out: &mut [i8]) {
+        let (fours, _) = out.as_chunks_mut::<4>();
+        for (vector, four) in self.quants.iter().zip(fours) {
+            for (i, out) in four.iter_mut().enumerate() {
+                *out = vector[4 * lane + i].cast_signed();
+            }
+        }
+    }
+
+    fn dequantise(&self, lane: usize, out: &mut [f32]) {
+        let mut quants = [0; 32];
+        self.quants(lane, &mut quants);
+        for (out, quant) in out.iter_mut().zip(quants) {
+            *out = widen(self.scales[lane]) * f32::from(quant);
+        }
+    }
+
+    fn advance_scalar(&self, lane: usize, x: &Activations32, acc: f32) -> f32 {
+        let mut quants = [0; 32];
+        self.quants(lane, &mut quants);
+        let sum = dot(&quants, x.quants().as_flattened());
+        (widen(self.scales[lane]) * x.scale()).mul_add(sum as f32, acc)
+    }
+
+    #[inline(always)]
+    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations32; R], acc: [S::F; R]) -> [S::F; R] {
+        let mut sums: [S::Bits; R] = std::array::from_fn(|r| simd.dot_start(x[r].sums));
+        for four in 0..8 {
+            let weights = simd.bytes(&self.quants[four]);
+            for r in 0..R {
+                sums[r] = simd.dot(sums[r], weights, x[r].quants[four]);
+            }
+        }
+        let scales = simd.load_f16(&self.scales);
+        std::array::from_fn(|r| {
+            let scale = simd.mul(scales, simd.splat(x[r].scale));
+            simd.fma(scale, simd.to_f32(sums[r]), acc[r])
+        })
+    }
+}
