@@ -11,6 +11,7 @@ use butterfly_topology::plan::Plan;
 use butterfly_verify::{Answer, Digest, Evidence, Input, Receipt};
 
 use crate::error::TaskError;
+use crate::model::Sampled;
 
 /// The digest of a request, its name everywhere in the cluster (`rd` in the protocol).
 pub type RequestId = Digest;
@@ -121,7 +122,7 @@ pub enum Outcome {
         /// Index of the first of `tokens` among the generated ones.
         index: u32,
         /// The tokens.
-        tokens: Vec<u32>,
+        tokens: Vec<Sampled>,
     },
     /// A slice has seen every position of the request.
     Finished(Box<Finished>),
@@ -158,7 +159,7 @@ pub enum Decided {
         /// Index of the first of `tokens` among the generated ones.
         index: u32,
         /// The tokens.
-        tokens: Vec<u32>,
+        tokens: Vec<Sampled>,
     },
     /// Every slice is certified.
     Certified {
@@ -237,7 +238,7 @@ impl Item for Step {
 impl Item for Outcome {
     fn size_bytes(&self) -> usize {
         match self {
-            Self::Delta { tokens, .. } => size_of::<Self>() + size_of_val(tokens.as_slice()),
+            Self::Delta { tokens, .. } => size_of::<Self>() + sampled_bytes(tokens),
             Self::Finished(finished) => size_of::<Finished>() + finished.answer.as_ref().map_or(0, answer_bytes),
         }
     }
@@ -246,7 +247,7 @@ impl Item for Outcome {
 impl Item for Decided {
     fn size_bytes(&self) -> usize {
         match self {
-            Self::Progress { tokens, .. } => size_of::<Self>() + size_of_val(tokens.as_slice()),
+            Self::Progress { tokens, .. } => size_of::<Self>() + sampled_bytes(tokens),
             Self::Certified { answer, receipt, .. } => {
                 answer_bytes(answer) + receipt.slices.len() * SLICE_CERTIFICATE_BYTES
             }
@@ -254,6 +255,10 @@ impl Item for Decided {
             Self::Accused { .. } => size_of::<Self>() + 2 * SLICE_CERTIFICATE_BYTES,
         }
     }
+}
+
+fn sampled_bytes(tokens: &[Sampled]) -> usize {
+    tokens.iter().map(Sampled::size_bytes).sum()
 }
 
 /// What an answer weighs.

@@ -148,7 +148,7 @@ async fn every_refusal_has_its_status_its_code_and_the_same_form() {
         ("POST", "/v1/completions", "[1]".into(), 400, "invalid_json"),
         ("POST", "/v1/completions", "{}".into(), 400, "invalid_value"),
         ("POST", "/v1/completions", r#"{"prompt": "x", "n": 2}"#.into(), 400, "unsupported_parameter"),
-        ("POST", "/v1/completions", r#"{"prompt": "x", "logprobs": 1}"#.into(), 400, "unsupported_parameter"),
+        ("POST", "/v1/completions", r#"{"prompt": "x", "logprobs": 21}"#.into(), 400, "invalid_value"),
         ("POST", "/v1/completions", r#"{"prompt": "x", "max_tokens": 5000}"#.into(), 400, "context_length_exceeded"),
         ("POST", "/v1/completions", r#"{"prompt": "x", "model": "gpt"}"#.into(), 404, "model_not_found"),
         ("POST", "/v1/completions", large, 413, "request_too_large"),

@@ -158,6 +158,14 @@ impl Ranked<'_> {
     }
 }
 
+/// The ids of the `count` greatest logits, which are finite, greatest first.
+pub(crate) fn greatest_first(logits: &[f32], count: usize) -> Vec<u32> {
+    let mut ranked = Ranked { logits, ids: (0..logits.len() as u32).collect(), ordered: 0 };
+    ranked.order(count);
+    ranked.ids.truncate(count);
+    ranked.ids
+}
+
 fn keep_top_k(logits: &[f32], top_k: u32) -> Ranked<'_> {
     let mut ranked = Ranked { logits, ids: (0..logits.len() as u32).collect(), ordered: 0 };
     let keep = top_k as usize;

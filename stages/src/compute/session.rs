@@ -391,10 +391,11 @@ impl Session {
         if positions != self.prompt_positions.saturating_add(index) {
             return;
         }
-        let Ok(token) = generation.sample(&mut logits) else {
+        let Ok(sampled) = generation.sample(&mut logits) else {
             self.become_numeric(positions.saturating_sub(1), effects);
             return;
         };
+        let token = sampled.token;
         let is_last = generation.push(token).is_some();
         self.answer = generation.answer();
         effects.outcomes.push(Outcome::Delta {
@@ -402,7 +403,7 @@ impl Session {
             gateway: self.gateway.clone(),
             attempt: self.attempt,
             index,
-            tokens: vec![token],
+            tokens: vec![sampled],
         });
         if is_last {
             self.tell_end(positions, effects);

@@ -160,7 +160,7 @@ impl State {
         }
         for (gateway, deltas) in deltas {
             if gateway == self.services.node {
-                self.deltas(&gateway, deltas);
+                self.deltas(&gateway, deltas, context.clock.now());
             } else {
                 deltas.chunks(wire::ENTRIES_MAX).for_each(|chunk| self.send(&gateway, wire::deltas(chunk)));
             }
@@ -243,7 +243,7 @@ impl State {
     fn deliver(&mut self, context: &StageContext, from: &NodeId, frame: &Frame) {
         match frame.control_bytes().ok_or(wire::Malformed).and_then(wire::read) {
             Ok(Message::Ballots(batch)) => self.ballots(context, from, batch),
-            Ok(Message::Deltas(deltas)) => self.deltas(from, deltas),
+            Ok(Message::Deltas(deltas)) => self.deltas(from, deltas, context.clock.now()),
             Ok(Message::BadTags(reports)) => self.bad_tags(from, &reports),
             Err(error) => tracing::warn!(%from, %error, "a peer sent what is no message"),
         }
@@ -336,7 +336,7 @@ impl State {
         }
     }
 
-    fn deltas(&mut self, from: &NodeId, deltas: Vec<Delta>) {
+    fn deltas(&mut self, from: &NodeId, deltas: Vec<Delta>, now: Duration) {
         for Delta { rd, index, tokens } in deltas {
             if !self.ensure_open(&rd) {
                 continue;
@@ -344,6 +344,9 @@ impl State {
             let Some(open) = self.open.get_mut(&rd) else { continue };
             if let Some((index, tokens)) = open.delta(from, index, tokens) {
                 self.decided.push(Decided::Progress { rd, index, tokens });
+            }
+            if let Some(certified) = open.certified(now) {
+                self.verdict(rd, certified);
             }
         }
     }
@@ -370,7 +373,9 @@ impl State {
     /// Ends waiting: late votes after a while, and requests that can no longer get f+1 votes because nodes are gone.
     fn sweep(&mut self, now: Duration) {
         let mut over = Vec::new();
+        let mut certified = Vec::new();
         for (rd, open) in &mut self.open {
+            certified.extend(open.certified(now).map(|verdict| (*rd, verdict)));
             if let Some(settled) = open.settled_at() {
                 if now.saturating_sub(settled) >= LATE_VOTES {
                     over.push(*rd);
@@ -383,6 +388,9 @@ impl State {
                 let error = ButterflyError::from(CoordinationError::InsufficientNodes { slice });
                 self.decided.push(Decided::Failed { rd: *rd, error });
             }
+        }
+        for (rd, verdict) in certified {
+            self.verdict(rd, verdict);
         }
         for rd in over {
             if let Some(open) = self.open.remove(&rd) {

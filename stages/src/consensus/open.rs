@@ -11,7 +11,11 @@ use butterfly_verify::{Answer, Audit, Epoch, Evidence, NodeIndex, Receipt, Reque
 
 use crate::compute::Gate;
 use crate::consensus::audit::Audits;
+use crate::model::Sampled;
 use crate::services::Services;
+
+/// How long the last tokens are waited for after the answer was decided.
+const LAST_TOKENS: Duration = Duration::from_secs(2);
 
 /// What follows from a ballot.
 pub(crate) enum Verdict {
@@ -29,7 +33,9 @@ pub(crate) enum Verdict {
 pub(crate) struct Open {
     tally: Tally,
     /// Tokens of the replicas of the last slice; `need` equal ones are released.
-    tokens: Gate<u32>,
+    tokens: Gate<Sampled>,
+    /// What was decided, and when, while tokens are still to be released.
+    held: Option<(Duration, Receipt, Answer)>,
     audited: BTreeSet<(u16, NodeIndex)>,
     bad_tags: BTreeMap<(u16, NodeIndex), BTreeSet<NodeIndex>>,
     voted: BTreeSet<(u16, NodeIndex)>,
@@ -44,6 +50,7 @@ impl Open {
         Self {
             tally: Tally::new(epoch, request),
             tokens,
+            held: None,
             audited: BTreeSet::new(),
             bad_tags: BTreeMap::new(),
             voted: BTreeSet::new(),
@@ -78,8 +85,8 @@ impl Open {
         for event in self.tally.handle(ballot) {
             match event {
                 TallyEvent::Decided { receipt, answer } if !was_settled => {
-                    self.settle(now);
-                    verdicts.push(Verdict::Certified { receipt, answer });
+                    self.held = Some((now, receipt, answer));
+                    verdicts.extend(self.certified(now));
                 }
                 TallyEvent::Impossible { slice, .. } if !was_settled => {
                     self.settle(now);
@@ -124,13 +131,28 @@ impl Open {
     }
 
     /// Takes sampled tokens. Returns those that enough replicas agree on, with the index of the first.
-    pub(crate) fn delta(&mut self, from: &NodeId, index: u32, tokens: Vec<u32>) -> Option<(u32, Vec<u32>)> {
+    pub(crate) fn delta(&mut self, from: &NodeId, index: u32, tokens: Vec<Sampled>) -> Option<(u32, Vec<Sampled>)> {
         for (offset, token) in (0u32..).zip(tokens) {
             self.tokens.offer(from, index.saturating_add(offset), token);
         }
         let first = self.tokens.next();
-        let released: Vec<u32> = std::iter::from_fn(|| self.tokens.take()).collect();
+        let released: Vec<Sampled> = std::iter::from_fn(|| self.tokens.take()).collect();
         (!released.is_empty() && self.settled_at.is_none()).then_some((first, released))
+    }
+
+    /// What was decided, once it may be told. Log-probabilities come with the tokens and are not in the answer, so a request
+    /// that asks for them waits a short while for tokens that f+1 replicas have voted for but not all sent.
+    pub(crate) fn certified(&mut self, now: Duration) -> Option<Verdict> {
+        let (since, _, answer) = self.held.as_ref()?;
+        let sampled = match answer {
+            Answer::Text { tokens, .. } if self.tally.request().params.logprobs.is_some() => tokens.len(),
+            _ => 0,
+        };
+        if (self.tokens.next() as usize) < sampled && now.saturating_sub(*since) < LAST_TOKENS {
+            return None;
+        }
+        self.settle(now);
+        self.held.take().map(|(_, receipt, answer)| Verdict::Certified { receipt, answer })
     }
 
     /// Notes that a replica found another's tag wrong. Returns how many have.
@@ -141,6 +163,9 @@ impl Open {
 
     /// A slice whose votes and living replicas together no longer make enough.
     pub(crate) fn short_of_nodes(&self, services: &Services) -> Option<usize> {
+        if self.held.is_some() {
+            return None;
+        }
         let peers = services.peers.borrow();
         services.plan.slices.iter().enumerate().find_map(|(slice, held)| {
             let may_vote = |node: &&NodeId| {

@@ -5,9 +5,12 @@
 //! of it is checked here, and what does not hold is an error.
 
 use butterfly_engine::frame::{Frame, FrameBuilder, FrameError};
+use butterfly_kernels::LogProbs;
+use butterfly_verify::limits::LOGPROBS_MAX;
 use butterfly_verify::{Digest, NodeIndex};
 
 use crate::items::RequestId;
+use crate::model::Sampled;
 
 /// Deltas or audits that one message may carry.
 pub const ENTRIES_MAX: usize = 1024;
@@ -19,14 +22,14 @@ const KIND_DELTAS: u8 = 2;
 const KIND_AUDITS: u8 = 3;
 
 /// Tokens that a replica of the last slice sampled.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Delta {
     /// The request.
     pub rd: RequestId,
     /// Index of the first of `tokens` among the generated ones.
     pub index: u32,
     /// The tokens.
-    pub tokens: Vec<u32>,
+    pub tokens: Vec<Sampled>,
 }
 
 /// A replica's word that the work tag in another's vote is not that of the computation.
@@ -41,7 +44,7 @@ pub struct BadTag {
 }
 
 /// A message from another consensus stage.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug, PartialEq)]
 pub enum Message<'a> {
     /// A signed batch, to be opened by `Epoch::open_ballots`.
     Ballots(&'a [u8]),
@@ -77,9 +80,22 @@ pub fn deltas(deltas: &[Delta]) -> Result<Frame, FrameError> {
         message.extend_from_slice(&delta.rd.0);
         message.extend_from_slice(&delta.index.to_le_bytes());
         message.extend_from_slice(&(delta.tokens.len() as u32).to_le_bytes());
-        delta.tokens.iter().for_each(|token| message.extend_from_slice(&token.to_le_bytes()));
+        delta.tokens.iter().for_each(|sampled| write_sampled(&mut message, sampled));
     }
     Frame::control(&message)
+}
+
+/// The token, then 0, or the number of the likeliest tokens and one, the chosen log-probability, and theirs.
+fn write_sampled(message: &mut Vec<u8>, Sampled { token, logprobs }: &Sampled) {
+    message.extend_from_slice(&token.to_le_bytes());
+    let Some(LogProbs { chosen, top }) = logprobs.as_deref() else { return message.push(0) };
+    let top = top.get(..usize::from(LOGPROBS_MAX)).unwrap_or(top);
+    message.push(top.len() as u8 + 1);
+    message.extend_from_slice(&chosen.to_le_bytes());
+    for (id, log_prob) in top {
+        message.extend_from_slice(&id.to_le_bytes());
+        message.extend_from_slice(&log_prob.to_le_bytes());
+    }
 }
 
 /// Wraps at most [`ENTRIES_MAX`] failed audits.
@@ -128,10 +144,26 @@ fn read_delta(rest: &mut &[u8]) -> Result<Delta, Malformed> {
     if count > DELTA_TOKENS_MAX {
         return Err(Malformed);
     }
-    let (bytes, after) = rest.split_at_checked(count * 4).ok_or(Malformed)?;
-    *rest = after;
-    let (tokens, _) = bytes.as_chunks::<4>();
-    Ok(Delta { rd, index, tokens: tokens.iter().map(|token| u32::from_le_bytes(*token)).collect() })
+    let tokens = (0..count).map(|_| read_sampled(rest)).collect::<Result<_, _>>()?;
+    Ok(Delta { rd, index, tokens })
+}
+
+fn read_sampled(rest: &mut &[u8]) -> Result<Sampled, Malformed> {
+    let token = u32::from_le_bytes(*take(rest)?);
+    let [entries] = *take(rest)?;
+    let Some(top) = entries.checked_sub(1) else { return Ok(token.into()) };
+    if top > LOGPROBS_MAX {
+        return Err(Malformed);
+    }
+    let chosen = read_log_prob(rest)?;
+    let top =
+        (0..top).map(|_| Ok((u32::from_le_bytes(*take(rest)?), read_log_prob(rest)?))).collect::<Result<_, _>>()?;
+    Ok(Sampled { token, logprobs: Some(Box::new(LogProbs { chosen, top })) })
+}
+
+fn read_log_prob(rest: &mut &[u8]) -> Result<f32, Malformed> {
+    let value = f32::from_le_bytes(*take(rest)?);
+    if value.is_finite() { Ok(value) } else { Err(Malformed) }
 }
 
 fn read_bad_tag(rest: &mut &[u8]) -> Result<BadTag, Malformed> {
@@ -153,12 +185,26 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
+    fn sampled() -> impl Strategy<Value = Sampled> {
+        let log_prob = -1e3..0.0_f32;
+        let top = prop::collection::vec((any::<u32>(), log_prob.clone()), 0..=20);
+        let logprobs = prop::option::of((log_prob, top));
+        (any::<u32>(), logprobs).prop_map(|(token, logprobs)| {
+            let logprobs = logprobs.map(|(chosen, top)| Box::new(LogProbs { chosen, top }));
+            Sampled { token, logprobs }
+        })
+    }
+
     proptest! {
         #[test]
-        fn deltas_survive(sent in prop::collection::vec((any::<[u8; 32]>(), any::<u32>(), prop::collection::vec(any::<u32>(), 0..20)), 0..20)) {
+        fn deltas_survive(sent in prop::collection::vec((any::<[u8; 32]>(), any::<u32>(), prop::collection::vec(sampled(), 0..20)), 0..20)) {
             let sent: Vec<Delta> = sent.into_iter().map(|(rd, index, tokens)| Delta { rd: Digest(rd), index, tokens }).collect();
             let frame = deltas(&sent).unwrap();
-            prop_assert_eq!(read(frame.control_bytes().unwrap()), Ok(Message::Deltas(sent)));
+            let message = frame.control_bytes().unwrap();
+            prop_assert_eq!(read(message), Ok(Message::Deltas(sent.clone())));
+            if let (Some(_), Some(cut)) = (sent.last(), message.get(..message.len() - 1)) {
+                prop_assert_eq!(read(cut), Err(Malformed));
+            }
         }
 
         #[test]

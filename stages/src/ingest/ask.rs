@@ -94,6 +94,7 @@ impl Ask {
             stop: take(&mut fields.stop).value("stop")?.map_or_else(Vec::new, |stops| stops.0),
             ignore_eos: fields.flag("ignore_eos", false)?,
             choice: 0,
+            logprobs: None,
         };
         let max_tokens = fields.integer("max_tokens", 1..=i64::from(u32::MAX))?;
         let own = take(&mut fields.butterfly).value("butterfly")?;

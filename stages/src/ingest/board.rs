@@ -24,6 +24,7 @@ use super::reply::ReplySender;
 use crate::commit::{Journal, Outcome, Settled, TaskKind};
 use crate::error::{SchedulingError, TaskError};
 use crate::items::RequestId;
+use crate::model::Sampled;
 
 /// Tasks that live at most. The queues of the graph are full before this is reached.
 pub(super) const LIVING_MAX: usize = 262_144;
@@ -264,7 +265,7 @@ impl Board {
     }
 
     /// f+1 replicas agree on these tokens, the first of which is number `index` of the answer. Never waits.
-    pub fn progress(&self, rd: &RequestId, index: u32, tokens: &[u32]) {
+    pub fn progress(&self, rd: &RequestId, index: u32, tokens: &[Sampled]) {
         let now = self.clock.now();
         let index = usize::try_from(index).unwrap_or(usize::MAX);
         let mut state = self.lock();

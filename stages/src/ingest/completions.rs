@@ -8,17 +8,20 @@ use axum::Json;
 use axum::extract::{Extension, Request, State};
 use axum::response::{IntoResponse, Response};
 use butterfly_verify::Answer;
+use butterfly_verify::limits::LOGPROBS_MAX;
 
 use super::ask::{self, Ask, Rules};
 use super::board::Completed;
 use super::errors::Failure;
 use super::fields::{self, Fields};
 use super::gateway::{Admitted, Submission};
+use super::logprobs::LogProbForms;
 use super::render::{Choice, Completion, Proof, Usage, finish_reason};
 use super::routes::{Client, Front};
 use super::stream::{self, StreamOptions};
 use crate::commit::TaskKind;
 use crate::error::TaskError;
+use crate::model::Sampled;
 
 /// What clients of this form mean when they give no temperature.
 const TEMPERATURE_DEFAULT: f32 = 1.0;
@@ -43,8 +46,8 @@ pub(super) async fn submit(
     if wishes.stream {
         return Ok(stream::respond(&front.gateway, request, reply, wishes.options));
     }
-    let completed = reply.end().await?;
-    whole(&front, &completed, wishes.options.return_token_ids)
+    let (sampled, end) = reply.all().await;
+    whole(&front, &*end?, &sampled, wishes.options.return_token_ids)
 }
 
 async fn admit(front: &Front, client: String, request: Request) -> Result<(Wishes, Admitted), Failure> {
@@ -59,7 +62,9 @@ async fn admit(front: &Front, client: String, request: Request) -> Result<(Wishe
     let prompt = std::mem::take(&mut fields.prompt).value("prompt")?;
     let prompt = prompt.ok_or_else(|| Failure::invalid_value("prompt", "prompt is missing: a string or token ids"))?;
     let rules = Rules { mode: front.gateway.mode, temperature: TEMPERATURE_DEFAULT };
-    let ask = Ask::new(&mut fields, "prompt", ask::prompt("prompt", prompt)?, rules)?;
+    let logprobs = logprobs(&mut fields)?;
+    let mut ask = Ask::new(&mut fields, "prompt", ask::prompt("prompt", prompt)?, rules)?;
+    ask.params.logprobs = logprobs;
     drop(body);
     let submission = Submission { client, kind: TaskKind::Completion, task_id: None, ask, wait: true };
     Ok((wishes, front.gateway.submit(submission).await?))
@@ -79,13 +84,28 @@ fn wishes(fields: &mut Fields) -> Result<Wishes, Failure> {
     Ok(Wishes { stream, options: StreamOptions { include_usage, return_token_ids } })
 }
 
-fn whole(front: &Front, completed: &Completed, return_token_ids: bool) -> Result<Response, Failure> {
+/// How many of the likeliest tokens are wanted with their log-probabilities.
+fn logprobs(fields: &mut Fields) -> Result<Option<u8>, Failure> {
+    if fields.flag("logprobs", false) == Ok(false) {
+        return Ok(None);
+    }
+    let top = fields.integer("logprobs", 0..=LOGPROBS_MAX.into())?;
+    Ok(top.and_then(|top| u8::try_from(top).ok()))
+}
+
+fn whole(
+    front: &Front,
+    completed: &Completed,
+    sampled: &[Sampled],
+    return_token_ids: bool,
+) -> Result<Response, Failure> {
     let Answer::Text { tokens, text, finish, .. } = &completed.answer else {
         return Err(TaskError::Numeric.into());
     };
     let proof = Proof::new(&completed.receipt, &front.gateway.services.epoch);
     let text = String::from_utf8_lossy(text);
     let choice = Choice {
+        logprobs: LogProbForms::new(front.gateway.services.model.tokenizer(), 0).listed(sampled),
         finish_reason: Some(finish_reason(*finish)),
         prompt_token_ids: completed.request.input.tokens().filter(|_| return_token_ids),
         token_ids: return_token_ids.then_some(tokens),

@@ -21,7 +21,7 @@ pub(super) use lists::{Bias, List, Options, Prompt, Stops, Vector};
 use super::errors::Failure;
 
 /// Fields with one value that some route knows.
-const SETTINGS: [&str; 17] = [
+const SETTINGS: [&str; 18] = [
     "model",
     "text",
     "task_id",
@@ -39,13 +39,13 @@ const SETTINGS: [&str; 17] = [
     "return_token_ids",
     "n",
     "best_of",
+    "logprobs",
 ];
 
 /// Fields that clients of such interfaces know and that are not supported, with the values that change nothing. Anything
 /// else in them fails, because leaving them out silently would be an answer to another question.
-const UNSUPPORTED: [(&str, &[Setting]); 31] = [
+const UNSUPPORTED: [(&str, &[Setting]); 30] = [
     ("echo", &[Setting::Flag(false)]),
-    ("logprobs", &[Setting::Flag(false)]),
     ("prompt_logprobs", &[]),
     ("suffix", &[]),
     ("priority", &[Setting::Integer(0)]),

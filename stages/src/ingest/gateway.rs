@@ -25,6 +25,7 @@ use super::reply::{Reply, ReplyReceiver, reply};
 use crate::commit::{Accepted, TaskKind};
 use crate::error::{SchedulingError, TaskError};
 use crate::items::{self, RequestId};
+use crate::model::Sampled;
 use crate::services::Services;
 
 /// Text up to this many bytes is tokenised where the request is handled; longer text on a thread of its own.
@@ -93,6 +94,17 @@ impl Awaited {
     /// The end, passing over tokens. Safe to cancel.
     pub(super) async fn end(mut self) -> TaskResult {
         self.receiver.end().await
+    }
+
+    /// Every token that came, and the end. Safe to cancel.
+    pub(super) async fn all(mut self) -> (Vec<Sampled>, TaskResult) {
+        let mut sampled = Vec::new();
+        loop {
+            match self.next().await {
+                Reply::Tokens(tokens) => sampled.extend(tokens),
+                Reply::End(result) => return (sampled, result),
+            }
+        }
     }
 }
 

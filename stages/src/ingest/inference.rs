@@ -48,6 +48,7 @@ async fn admit(front: &Front, client: String, request: Request) -> Result<(bool,
     let (body, mut fields) = front.fields(request).await?;
     front.check_model(&mut fields)?;
     fields.refuse("stream", Setting::Flag(false))?;
+    fields.refuse("logprobs", Setting::Flag(false))?;
     let wait = fields.flag("wait", true)?;
     let task_id = fields.text("task_id")?.map(ask::task_id).transpose()?;
     let with_tokens = fields.flag("return_token_ids", front.gateway.services.model.tokenizer().is_none())?;

@@ -28,6 +28,7 @@ mod fixture;
 mod gateway;
 mod health;
 mod inference;
+mod logprobs;
 mod rate;
 mod records;
 mod render;

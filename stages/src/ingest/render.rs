@@ -7,6 +7,8 @@
 use butterfly_verify::{Answer, Epoch, Finish, Mode, Receipt, Request};
 use serde::Serialize;
 
+use super::logprobs::Listed;
+
 /// What backs an answer: the `butterfly` object of a response.
 #[derive(Debug, Serialize)]
 pub(super) struct Proof {
@@ -127,8 +129,8 @@ pub(super) struct Choice<'a> {
     pub index: u32,
     /// The text, or the next piece of it.
     pub text: &'a str,
-    /// Not covered by votes, so never given.
-    pub logprobs: Option<()>,
+    /// Log-probabilities, if asked for. Votes do not cover them.
+    pub logprobs: Option<Listed>,
     /// Why it ended, once it has.
     pub finish_reason: Option<&'static str>,
     /// The prompt's tokens, if asked for.

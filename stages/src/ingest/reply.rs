@@ -11,6 +11,7 @@ use tokio::sync::Notify;
 
 use super::board::TaskResult;
 use crate::error::TaskError;
+use crate::model::Sampled;
 
 /// The end that the board holds.
 #[derive(Debug)]
@@ -24,7 +25,7 @@ pub struct ReplyReceiver(Arc<Shared>);
 #[derive(Debug, Clone)]
 pub enum Reply {
     /// Tokens that f+1 replicas agree on, following those before.
-    Tokens(Vec<u32>),
+    Tokens(Vec<Sampled>),
     /// The end; nothing follows.
     End(TaskResult),
 }
@@ -40,7 +41,7 @@ struct Shared {
 struct State {
     /// Tokens taken so far, whether read or not.
     count: usize,
-    unread: Vec<u32>,
+    unread: Vec<Sampled>,
     end: Option<TaskResult>,
 }
 
@@ -54,7 +55,7 @@ pub fn reply(tokens_max: usize) -> (ReplySender, ReplyReceiver) {
 impl ReplySender {
     /// Hands on tokens, the first of which is number `index` of the answer. What was heard before is left out, and what
     /// would leave a gap: the end brings the whole answer.
-    pub fn tokens(&self, index: usize, tokens: &[u32]) {
+    pub fn tokens(&self, index: usize, tokens: &[Sampled]) {
         let mut state = self.0.lock();
         let known = state.count.saturating_sub(index);
         if index > state.count {
@@ -128,7 +129,11 @@ mod tests {
 
     use super::*;
 
-    fn next(receiver: &mut ReplyReceiver) -> Option<Vec<u32>> {
+    fn sampled(tokens: &[u32]) -> Vec<Sampled> {
+        tokens.iter().copied().map(Sampled::from).collect()
+    }
+
+    fn next(receiver: &mut ReplyReceiver) -> Option<Vec<Sampled>> {
         match receiver.next().now_or_never()? {
             Reply::Tokens(tokens) => Some(tokens),
             Reply::End(_) => None,
@@ -139,21 +144,21 @@ mod tests {
     fn tokens_come_once_in_order_without_gaps_and_never_more_than_may_be() {
         let (sender, mut receiver) = reply(6);
         assert!(receiver.next().now_or_never().is_none());
-        sender.tokens(0, &[1, 2]);
-        sender.tokens(1, &[2, 3]);
-        sender.tokens(0, &[1]);
-        sender.tokens(4, &[5]);
-        assert_eq!(next(&mut receiver), Some(vec![1, 2, 3]));
-        sender.tokens(3, &[4, 5, 6, 7, 8]);
-        assert_eq!(next(&mut receiver), Some(vec![4, 5, 6]));
+        sender.tokens(0, &sampled(&[1, 2]));
+        sender.tokens(1, &sampled(&[2, 3]));
+        sender.tokens(0, &sampled(&[1]));
+        sender.tokens(4, &sampled(&[5]));
+        assert_eq!(next(&mut receiver), Some(sampled(&[1, 2, 3])));
+        sender.tokens(3, &sampled(&[4, 5, 6, 7, 8]));
+        assert_eq!(next(&mut receiver), Some(sampled(&[4, 5, 6])));
     }
 
     #[test]
     fn the_end_comes_after_the_tokens_and_the_first_end_stays() {
         let (sender, mut receiver) = reply(6);
-        sender.tokens(0, &[1]);
+        sender.tokens(0, &sampled(&[1]));
         sender.end(Err(TaskError::Cancelled));
-        assert_eq!(next(&mut receiver), Some(vec![1]));
+        assert_eq!(next(&mut receiver), Some(sampled(&[1])));
         for _ in 0..2 {
             let end = receiver.end().now_or_never().unwrap();
             assert_eq!(end.unwrap_err(), TaskError::Cancelled);

@@ -26,10 +26,11 @@ use futures::stream;
 use super::board::{Completed, TaskResult};
 use super::errors::Failure;
 use super::gateway::{Awaited, Gateway};
+use super::logprobs::{Listed, LogProbForms};
 use super::render::{Choice, Completion, Proof, Usage, finish_reason};
 use super::reply::Reply;
 use crate::error::TaskError;
-use crate::model::Generation;
+use crate::model::{Generation, Sampled};
 
 /// How often a comment shows that the connection lives.
 const COMMENT_EVERY: Duration = Duration::from_secs(10);
@@ -58,6 +59,8 @@ pub(super) fn respond(gateway: &Gateway, request: Request, reply: Awaited, optio
         reply,
         released: String::new(),
         tokens: 0,
+        logprobs: LogProbForms::new(model.tokenizer(), 0),
+        unlisted: Vec::new(),
         is_first: true,
         phase: Phase::Open,
     };
@@ -85,6 +88,9 @@ struct Stream {
     released: String,
     /// The number of tokens it came from.
     tokens: usize,
+    logprobs: LogProbForms,
+    /// Tokens whose log-probabilities were not sent yet.
+    unlisted: Vec<Sampled>,
     is_first: bool,
     phase: Phase,
 }
@@ -116,7 +122,7 @@ impl Stream {
                 Either::Right(((), _)) => return Some(Ok(Bytes::from_static(b": waiting\n\n"))),
             };
             let frames = match reply {
-                Reply::Tokens(tokens) => self.piece(&tokens),
+                Reply::Tokens(tokens) => self.piece(tokens),
                 Reply::End(result) => self.end(&result),
             };
             if !frames.is_empty() {
@@ -126,18 +132,21 @@ impl Stream {
     }
 
     /// The chunk for further tokens; empty while all of their text is held back.
-    fn piece(&mut self, tokens: &[u32]) -> Vec<u8> {
-        for token in tokens {
+    fn piece(&mut self, sampled: Vec<Sampled>) -> Vec<u8> {
+        let tokens: Vec<u32> = sampled.iter().map(|sampled| sampled.token).collect();
+        for token in &tokens {
             self.generation.push(*token);
         }
         self.tokens += tokens.len();
+        self.unlisted.extend(sampled);
         let text = self.generation.take_text();
         if text.is_empty() && !self.options.return_token_ids {
             return Vec::new();
         }
         self.released.push_str(&text);
-        let token_ids = self.options.return_token_ids.then_some(tokens);
-        let choice = Choice { token_ids, prompt_token_ids: self.prompt_token_ids(), ..Choice::piece(&text) };
+        let token_ids = self.options.return_token_ids.then_some(tokens.as_slice());
+        let logprobs = self.listed();
+        let choice = Choice { logprobs, token_ids, prompt_token_ids: self.prompt_token_ids(), ..Choice::piece(&text) };
         let chunk = self.frame(&self.chunk(choice));
         self.is_first = false;
         chunk
@@ -158,7 +167,7 @@ impl Stream {
     }
 
     /// The chunk that ends the answer, and what follows it.
-    fn last(&self, completed: &Completed) -> Result<Vec<u8>, Failure> {
+    fn last(&mut self, completed: &Completed) -> Result<Vec<u8>, Failure> {
         let Answer::Text { tokens, text, finish, .. } = &completed.answer else {
             return Err(TaskError::Numeric.into());
         };
@@ -168,7 +177,9 @@ impl Stream {
             return Err(TaskError::Internal(message.to_owned()).into());
         };
         let proof = Proof::new(&completed.receipt, &self.epoch);
+        let logprobs = self.listed();
         let choice = Choice {
+            logprobs,
             finish_reason: Some(finish_reason(*finish)),
             token_ids: self.options.return_token_ids.then_some(tokens),
             prompt_token_ids: self.prompt_token_ids(),
@@ -183,6 +194,11 @@ impl Stream {
         }
         frames.extend_from_slice(b"data: [DONE]\n\n");
         Ok(frames)
+    }
+
+    /// The log-probabilities that were not sent yet.
+    fn listed(&mut self) -> Option<Listed> {
+        self.logprobs.listed(&std::mem::take(&mut self.unlisted))
     }
 
     fn chunk<'a>(&'a self, choice: Choice<'a>) -> Completion<'a> {

@@ -10,13 +10,36 @@
 //!
 //! It refuses to know slices, votes and streams.
 
-use butterfly_kernels::Numeric;
 use butterfly_kernels::sample::{self, Sampling};
+use butterfly_kernels::{LogProbs, Numeric, log_probs};
 use butterfly_verify::limits::ANSWER_TEXT_BYTES_MAX;
 use butterfly_verify::{Answer, Finish, Request};
 
 use super::manifest::Manifest;
 use super::tokenizer::Tokenizer;
+
+/// A token that was sampled.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampled {
+    /// Its id.
+    pub token: u32,
+    /// How likely it and others were before bias, penalties and temperature; only if the request asks for it.
+    pub logprobs: Option<Box<LogProbs>>,
+}
+
+impl Sampled {
+    /// What it pins in memory.
+    pub(crate) fn size_bytes(&self) -> usize {
+        let boxed = |logprobs: &LogProbs| size_of::<LogProbs>() + size_of_val(logprobs.top.as_slice());
+        size_of::<Self>() + self.logprobs.as_deref().map_or(0, boxed)
+    }
+}
+
+impl From<u32> for Sampled {
+    fn from(token: u32) -> Self {
+        Self { token, logprobs: None }
+    }
+}
 
 /// The generation of one answer. For a request with a vector there is nothing to generate.
 #[derive(Debug, Clone)]
@@ -29,6 +52,8 @@ pub struct Generation {
     eos: Vec<u32>,
     prompt_tokens: usize,
     choice: u32,
+    /// The request's wish for log-probabilities.
+    logprobs: Option<u8>,
     tokens_max: usize,
     tokens: Vec<u32>,
     text: Vec<u8>,
@@ -65,6 +90,7 @@ impl Generation {
             eos: if params.ignore_eos { Vec::new() } else { manifest.eos.clone() },
             prompt_tokens,
             choice: params.choice,
+            logprobs: params.logprobs,
             tokens_max: usize::try_from(params.max_tokens).unwrap_or(usize::MAX).min(room),
             tokens: Vec::new(),
             text: Vec::new(),
@@ -79,13 +105,20 @@ impl Generation {
     /// # Errors
     ///
     /// [`Numeric`] if the logits hold a NaN or an infinity; the generation has then ended.
-    pub fn sample(&mut self, logits: &mut [f32]) -> Result<u32, Numeric> {
-        let position = (self.prompt_tokens as u64).saturating_add(self.tokens.len() as u64);
-        let token = sample::sample(logits, &self.sampling, &self.tokens, &self.key, position);
-        if token.is_err() {
+    pub fn sample(&mut self, logits: &mut [f32]) -> Result<Sampled, Numeric> {
+        let sampled = self.try_sample(logits);
+        if sampled.is_err() {
             self.end_numeric();
         }
-        token
+        sampled
+    }
+
+    fn try_sample(&self, logits: &mut [f32]) -> Result<Sampled, Numeric> {
+        let position = (self.prompt_tokens as u64).saturating_add(self.tokens.len() as u64);
+        let unaltered = self.logprobs.map(|top| (logits.to_vec(), usize::from(top)));
+        let token = sample::sample(logits, &self.sampling, &self.tokens, &self.key, position)?;
+        let logprobs = unaltered.map(|(logits, top)| log_probs(&logits, token, top)).transpose()?;
+        Ok(Sampled { token, logprobs: logprobs.map(Box::new) })
     }
 
     /// Takes the next token; gives the reason if the answer ends with it. After the end nothing is taken.

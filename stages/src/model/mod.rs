@@ -37,7 +37,7 @@ use slice::Layers;
 use source::Source;
 use weights::Weights;
 
-pub use generation::Generation;
+pub use generation::{Generation, Sampled};
 pub use manifest::{Architecture, LayerCost, Manifest};
 pub use sequence::{Sequence, SequenceStep, StepFault, StepInput, StepOutput};
 pub use slice::{ForwardError, SliceModel};

@@ -23,6 +23,8 @@ pub const STOPS_MAX: usize = 16;
 pub const STOP_BYTES_MAX: usize = 1024;
 /// Entries of a request's logit bias.
 pub const LOGIT_BIAS_MAX: usize = 1024;
+/// Log-probabilities asked for at each position, beside that of the chosen token.
+pub const LOGPROBS_MAX: u8 = 20;
 /// Milliseconds between a request's `now` and its expiry.
 pub const EXPIRY_MS_MAX: u64 = 600_000;
 /// Bytes of an answer's text.

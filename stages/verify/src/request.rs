@@ -12,8 +12,8 @@ use serde::{Deserialize, Deserializer, Serialize, Serializer};
 use crate::codec::{DecodeError, Reader, Writer};
 use crate::digest::{Digest, Purpose, hash};
 use crate::limits::{
-    EXPIRY_MS_MAX, LOGIT_BIAS_MAX, NAME_BYTES_MAX, PROMPT_BYTES_MAX, REQUEST_BYTES_MAX, STOP_BYTES_MAX, STOPS_MAX,
-    TOKENS_MAX, VALUES_MAX,
+    EXPIRY_MS_MAX, LOGIT_BIAS_MAX, LOGPROBS_MAX, NAME_BYTES_MAX, PROMPT_BYTES_MAX, REQUEST_BYTES_MAX, STOP_BYTES_MAX,
+    STOPS_MAX, TOKENS_MAX, VALUES_MAX,
 };
 use crate::text::{self, JsonError};
 
@@ -105,6 +105,9 @@ pub struct Params {
     pub ignore_eos: bool,
     /// Which of several choices for one prompt this is, from 0.
     pub choice: u32,
+    /// Whether log-probabilities are to come beside the tokens, and of how many of the likeliest; at most
+    /// [`LOGPROBS_MAX`]. Votes do not cover them.
+    pub logprobs: Option<u8>,
 }
 
 impl Default for Params {
@@ -122,6 +125,7 @@ impl Default for Params {
             stop: Vec::new(),
             ignore_eos: false,
             choice: 0,
+            logprobs: None,
         }
     }
 }
@@ -317,6 +321,7 @@ fn check_params(params: &Params, generates: bool) -> Result<(), RequestError> {
     if !params.logit_bias.iter().is_sorted_by(|(left, _), (right, _)| left < right) {
         return Err(RequestError::BiasOrder);
     }
+    at_most("params.logprobs", params.logprobs.unwrap_or(0).into(), LOGPROBS_MAX.into())?;
     at_most("params.stop", params.stop.len(), STOPS_MAX)?;
     params.stop.iter().try_for_each(|stop| some_at_most("params.stop", stop.len(), STOP_BYTES_MAX))
 }
@@ -384,6 +389,7 @@ fn write(parts: &RequestParts) -> Vec<u8> {
     }
     writer.flag(params.ignore_eos);
     writer.u32(params.choice);
+    writer.u8(params.logprobs.map_or(0, |top| top + 1));
     writer.u64(parts.now_ms);
     writer.u64(parts.expires_ms);
     writer.finish()
@@ -442,6 +448,10 @@ fn read_params(reader: &mut Reader<'_>) -> Result<Params, DecodeError> {
         stop: read_stops(reader)?,
         ignore_eos: reader.flag("params.ignore_eos")?,
         choice: reader.u32("params.choice")?,
+        logprobs: reader.choice("params.logprobs", |byte| match byte.checked_sub(1) {
+            None => Some(None),
+            Some(top) => (top <= LOGPROBS_MAX).then_some(Some(top)),
+        })?,
     })
 }
 

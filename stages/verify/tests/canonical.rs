@@ -36,6 +36,7 @@ prop_compose! {
         stop in proptest::collection::vec(".{1,10}", 0..4),
         ignore_eos in any::<bool>(),
         choice in any::<u32>(),
+        logprobs in proptest::option::of(0..=20_u8),
     ) -> Params {
         Params {
             max_tokens,
@@ -49,6 +50,7 @@ prop_compose! {
             stop,
             ignore_eos,
             choice,
+            logprobs,
         }
     }
 }

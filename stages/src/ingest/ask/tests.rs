@@ -52,6 +52,7 @@ fn every_parameter_arrives() {
         stop: vec!["x".into()],
         ignore_eos: true,
         choice: 0,
+        logprobs: None,
     };
     assert_eq!((&request.params, request.expires_ms), (&expected, 6_000));
 }

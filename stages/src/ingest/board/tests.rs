@@ -30,13 +30,13 @@ fn a_task_ends_once_and_gives_its_permit_back() {
     let (permit, returned) = permit();
     fixture.board.running(&rd, permit);
     assert_eq!(fixture.gauges(), (0, 1));
-    fixture.board.progress(&rd, 0, &[5]);
+    fixture.board.progress(&rd, 0, &[5.into()]);
     fixture.board.settle(&rd, completed(&request));
     fixture.board.settle(&rd, Err(TaskError::Numeric));
     assert_eq!(returned.load(Ordering::Relaxed), 1);
     assert_eq!(fixture.gauges(), (0, 0));
     assert_eq!((fixture.ended(TaskStatus::Completed), fixture.ended(TaskStatus::Failed)), (1, 0));
-    assert!(matches!(waiting.next().now_or_never(), Some(Reply::Tokens(tokens)) if tokens == [5]));
+    assert!(matches!(waiting.next().now_or_never(), Some(Reply::Tokens(tokens)) if tokens == [5.into()]));
     assert!(waiting.end().now_or_never().unwrap().is_ok());
     assert!(!fixture.board.is_living(&rd));
     assert!(fixture.board.drained().now_or_never().is_some());
@@ -135,17 +135,17 @@ fn tasks_that_stand_still_are_found_and_those_that_move_are_not() {
     fixture.board.running(&running.digest(), Box::new(()));
     let stalled = || fixture.board.stalled(timeout).into_iter().map(|(rd, _)| rd).collect::<Vec<_>>();
     fixture.clock.advance(Duration::from_secs(20));
-    fixture.board.progress(&running.digest(), 0, &[1]);
+    fixture.board.progress(&running.digest(), 0, &[1.into()]);
     fixture.clock.advance(Duration::from_secs(20));
     assert_eq!(stalled(), vec![], "what waits stands still only if the whole board does");
     assert_eq!(fixture.board.still_for(), Duration::from_secs(20));
     fixture.clock.advance(Duration::from_secs(10));
     assert_eq!(stalled().len(), 2);
-    fixture.board.progress(&running.digest(), 1, &[1]);
+    fixture.board.progress(&running.digest(), 1, &[1.into()]);
     assert_eq!(stalled(), vec![]);
     for index in 2..30 {
         fixture.clock.advance(Duration::from_secs(20));
-        fixture.board.progress(&running.digest(), index, &[1]);
+        fixture.board.progress(&running.digest(), index, &[1.into()]);
     }
     assert_eq!(stalled().len(), 2, "both have expired, however much they move");
 }
@@ -157,11 +157,11 @@ fn tokens_count_for_latency_once_each() {
     let rd = request.digest();
     let _waiting = fixture.open("task", &request).unwrap();
     fixture.clock.advance(Duration::from_millis(100));
-    fixture.board.progress(&rd, 0, &[1, 2]);
-    fixture.board.progress(&rd, 0, &[1, 2]);
-    fixture.board.progress(&rd, 5, &[6]);
+    fixture.board.progress(&rd, 0, &[1.into(), 2.into()]);
+    fixture.board.progress(&rd, 0, &[1.into(), 2.into()]);
+    fixture.board.progress(&rd, 5, &[6.into()]);
     fixture.clock.advance(Duration::from_millis(40));
-    fixture.board.progress(&rd, 1, &[2, 3, 4]);
+    fixture.board.progress(&rd, 1, &[2.into(), 3.into(), 4.into()]);
     let label = ModelLabel { model: "tiny".to_owned() };
     let metrics = fixture.telemetry.metrics();
     assert_eq!(metrics.time_to_first_token_seconds.of(&label).quantiles().count, 1);

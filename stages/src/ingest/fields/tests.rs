@@ -38,7 +38,6 @@ fn what_is_known_and_unsupported_is_refused_unless_it_changes_nothing() {
     for (body, name) in [
         (r#"{"n": 2}"#, "n"),
         (r#"{"best_of": 4}"#, "best_of"),
-        (r#"{"logprobs": 0}"#, "logprobs"),
         (r#"{"echo": true}"#, "echo"),
         (r#"{"suffix": ""}"#, "suffix"),
         (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),

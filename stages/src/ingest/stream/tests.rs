@@ -56,6 +56,8 @@ fn streamed(options: StreamOptions, stop: &[&str]) -> Streamed {
         reply: Awaited::new(receiver, Waiting::new(board, rd)),
         released: String::new(),
         tokens: 0,
+        logprobs: LogProbForms::new(model.tokenizer(), 0),
+        unlisted: Vec::new(),
         is_first: true,
         phase: Phase::Open,
         request,
@@ -65,7 +67,8 @@ fn streamed(options: StreamOptions, stop: &[&str]) -> Streamed {
 
 impl Streamed {
     fn tell(&self, index: usize, tokens: &[u32]) {
-        self.sender.as_ref().unwrap().tokens(index, tokens);
+        let sampled: Vec<Sampled> = tokens.iter().copied().map(Sampled::from).collect();
+        self.sender.as_ref().unwrap().tokens(index, &sampled);
     }
 
     fn end(&mut self, tokens: &[u32], text: &str) {

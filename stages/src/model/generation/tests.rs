@@ -140,7 +140,7 @@ fn a_character_is_released_whole() {
 #[test]
 fn logits_that_are_not_finite_end_the_answer_as_numeric() {
     let mut generation = start(&[], 9);
-    assert_eq!(generation.sample(&mut [0.0, 2.0, 1.0]), Ok(1));
+    assert_eq!(generation.sample(&mut [0.0, 2.0, 1.0]), Ok(1.into()));
     generation.push(1);
     assert!(generation.answer().is_none());
     assert_eq!(generation.sample(&mut [0.0, f32::NAN, 1.0]), Err(Numeric));

@@ -182,6 +182,12 @@ impl Tokenizer {
         }
     }
 
+    /// How the file writes a token that has no bytes of its own: a special one.
+    #[must_use]
+    pub fn special_text(&self, id: u32) -> Option<String> {
+        if self.token_bytes(id).is_empty() { self.shared.inner.id_to_token(id) } else { None }
+    }
+
     /// Ids of the model are below this.
     #[must_use]
     pub fn vocabulary(&self) -> usize {

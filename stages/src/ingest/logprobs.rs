@@ -1,0 +1,130 @@
+//! JSON of log-probabilities: the older form that completions have, and the one of chats.
+//!
+//! Tokens are shown by their text; one whose bytes are no text of their own as `bytes:\\xe2\\x80`, one that stands for no
+//! text by its name in the tokenizer, and where there is no tokenizer as `token_id:7`.
+//!
+//! It refuses to know where log-probabilities come from.
+
+use std::collections::BTreeSet;
+use std::fmt::Write as _;
+
+use serde::{Serialize, Serializer};
+
+use crate::model::{Sampled, Tokenizer};
+
+/// Log-probabilities of some tokens, in the form of completions.
+#[derive(Debug, Default, Serialize)]
+pub(super) struct Listed {
+    /// The tokens.
+    tokens: Vec<String>,
+    /// Of each token that was chosen; `null` for the first of a prompt.
+    token_logprobs: Vec<f32>,
+    /// For each position the likeliest tokens, and the chosen one.
+    top_logprobs: Vec<Ranked>,
+    /// Where each token begins in the text, in characters.
+    text_offset: Vec<usize>,
+}
+
+/// From tokens to log-probabilities, likeliest first.
+#[derive(Debug)]
+struct Ranked(Vec<(String, f32)>);
+
+impl Serialize for Ranked {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.collect_map(self.0.iter().map(|(token, log_prob)| (token, log_prob)))
+    }
+}
+
+/// Turns sampled tokens into JSON, one group after the other.
+#[derive(Debug)]
+pub(super) struct LogProbForms {
+    tokenizer: Option<Tokenizer>,
+    /// Characters of the text so far.
+    offset: usize,
+}
+
+impl LogProbForms {
+    /// For tokens of this tokenizer, the first of which begins at `offset` of the text, in characters.
+    #[must_use]
+    pub(super) fn new(tokenizer: Option<&Tokenizer>, offset: usize) -> Self {
+        Self { tokenizer: tokenizer.cloned(), offset }
+    }
+
+    /// The next tokens in the form of completions; `None` if none of them has log-probabilities.
+    pub(super) fn listed(&mut self, sampled: &[Sampled]) -> Option<Listed> {
+        let mut listed = Listed::default();
+        for Sampled { token, logprobs } in sampled {
+            let offset = self.offset;
+            let bytes = self.tokenizer.as_ref().map_or(&[][..], |tokenizer| tokenizer.token_bytes(*token));
+            self.offset += bytes.iter().filter(|byte| **byte & 0xc0 != 0x80).count();
+            let Some(logprobs) = logprobs else { continue };
+            let name = self.name(*token);
+            let mut seen = BTreeSet::new();
+            let all = logprobs.top.iter().map(|(id, log_prob)| (self.name(*id), *log_prob));
+            let all = all.chain([(name.clone(), logprobs.chosen)]);
+            listed.top_logprobs.push(Ranked(all.filter(|(name, _)| seen.insert(name.clone())).collect()));
+            listed.tokens.push(name);
+            listed.token_logprobs.push(logprobs.chosen);
+            listed.text_offset.push(offset);
+        }
+        (!listed.tokens.is_empty()).then_some(listed)
+    }
+
+    fn name(&self, token: u32) -> String {
+        let number = || format!("token_id:{token}");
+        let Some(tokenizer) = &self.tokenizer else { return number() };
+        let bytes = tokenizer.token_bytes(token);
+        match std::str::from_utf8(bytes) {
+            Ok("") => tokenizer.special_text(token).unwrap_or_else(number),
+            Ok(text) => text.to_owned(),
+            Err(_) => bytes.iter().fold("bytes:".to_owned(), |mut name, byte| {
+                // Writing to a string cannot fail.
+                let _ = write!(name, "\\x{byte:02x}");
+                name
+            }),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use butterfly_kernels::LogProbs;
+    use serde_json::json;
+
+    use super::*;
+    use crate::model::Model;
+
+    fn sampled(token: u32, chosen: f32, top: &[(u32, f32)]) -> Sampled {
+        Sampled { token, logprobs: Some(Box::new(LogProbs { chosen, top: top.to_vec() })) }
+    }
+
+    #[test]
+    fn tokens_have_offsets_in_characters_and_names_without_losing_a_byte() {
+        let model = Model::open("builtin:tiny-rust", Path::new("")).unwrap();
+        let tokenizer = model.tokenizer().unwrap();
+        let crab = tokenizer.encode("🦀").unwrap();
+        assert!(crab.len() > 1, "the crab is several tokens");
+        let a = tokenizer.encode("a").unwrap()[0];
+        let mut forms = LogProbForms::new(Some(tokenizer), 5);
+        let tokens: Vec<Sampled> = crab.iter().chain([&a]).map(|id| sampled(*id, -1.0, &[(a, -0.5)])).collect();
+        let listed = json!(forms.listed(&tokens).unwrap());
+        assert_eq!(listed["tokens"].as_array().unwrap().last().unwrap(), "a");
+        assert!(listed["tokens"][0].as_str().unwrap().starts_with("bytes:\\xf0"));
+        assert_eq!(listed["text_offset"].as_array().unwrap().last().unwrap(), 6, "one character after five");
+        assert_eq!(listed["top_logprobs"][0].as_object().unwrap().len(), 2, "the chosen token comes on top");
+        let last = listed["top_logprobs"].as_array().unwrap().last().unwrap();
+        assert_eq!(last, &json!({ "a": -0.5 }), "the chosen token is among the likeliest");
+        assert!(forms.listed(&[a.into()]).is_none(), "none was asked for");
+    }
+
+    #[test]
+    fn without_a_tokenizer_tokens_have_numbers() {
+        let listed = json!(LogProbForms::new(None, 0).listed(&[sampled(7, -0.25, &[])]).unwrap());
+        let expected = json!({
+            "tokens": ["token_id:7"], "token_logprobs": [-0.25], "top_logprobs": [{ "token_id:7": -0.25 }], "text_offset": [0],
+        });
+        assert_eq!(listed, expected);
+    }
+}
