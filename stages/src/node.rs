@@ -24,7 +24,7 @@ use k256::ecdsa::SigningKey;
 use crate::commit::{Journal, JournalError};
 use crate::error::PartitionError;
 use crate::ingest::Board;
-use crate::model::{Model, ModelError};
+use crate::model::{Model, ModelError, PackedWeights};
 use crate::partition::{PlanKey, Planner, Question, nodes_digest};
 use crate::registry::registry;
 use crate::services::{Services, Standing};
@@ -251,6 +251,7 @@ impl Node {
         let clock: Arc<dyn Clock> = Arc::new(RealClock::new());
         let telemetry = Arc::new(Telemetry::with_clock(node.clone(), Arc::clone(&clock)));
         std::fs::create_dir_all(&data_dir).map_err(|source| NodeError::DataDir { path: data_dir.clone(), source })?;
+        foundation.model.keep_packed(PackedWeights::new(data_dir.join("packed")));
         let journal = Journal::open(&data_dir.join(log_name(&topology)))?;
         let board = Arc::new(Board::new(Arc::clone(&journal), Arc::clone(&telemetry), Arc::clone(&clock)));
         let epoch = Arc::clone(&foundation.epoch);

@@ -20,9 +20,11 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::ops::Deref;
+use std::ops::{Deref, Range};
 use std::path::Path;
 
+#[cfg(unix)]
+use memmap2::UncheckedAdvice;
 use memmap2::{Mmap, MmapOptions};
 
 /// The bytes of one regular file, mapped read-only. Cheap to create, shared pages, unmapped on drop.
@@ -62,6 +64,24 @@ impl Mapped {
         // documented obligation of whoever operates the node (see the module), and holds for files replaced by rename.
         let map = unsafe { options.map(&file) }?;
         Ok(Self { map: Some(map) })
+    }
+}
+
+impl Mapped {
+    /// Takes the pages of `range` out of this process's memory, as far as they lie wholly within it; reading them again
+    /// brings them back from the file. For what was read once, such as weights that are packed now. A range that is not
+    /// within the file, and a platform that cannot do so, change nothing.
+    pub fn release(&self, range: Range<usize>) {
+        #[cfg(unix)]
+        if let Some(map) = self.map.as_ref().filter(|map| range.start < range.end && range.end <= map.len()) {
+            // SAFETY: the map is of a file and read-only, so no page holds anything that the file does not, and a page
+            // that is dropped is read from the file again: the bytes that `deref` hands out do not change.
+            let dropped = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, range.start, range.len()) };
+            // It is advice: pages that stay are only memory.
+            drop(dropped);
+        }
+        #[cfg(not(unix))]
+        drop(range);
     }
 }
 
@@ -111,6 +131,20 @@ mod tests {
         fs::rename(&other, &path).unwrap();
         assert_eq!(&*mapped, b"first");
         assert_eq!(&*Mapped::open(&path).unwrap(), b"second, and longer");
+    }
+
+    #[test]
+    fn what_was_released_is_read_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights");
+        let bytes: Vec<u8> = (0..100_000).map(|i| (i * 31 % 251) as u8).collect();
+        fs::write(&path, &bytes).unwrap();
+        let mapped = Mapped::open(&path).unwrap();
+        for range in [0..100_000, 1..99_999, 5000..5001, 7..7, 99_999..100_001, usize::MAX - 1..usize::MAX] {
+            assert_eq!(&*mapped, &bytes[..]);
+            mapped.release(range);
+        }
+        assert_eq!(&*mapped, &bytes[..]);
     }
 
     #[test]

@@ -46,6 +46,9 @@ pub enum RopeError {
     /// The base must be finite and positive.
     #[error("the rotation base {0} is not a finite positive number")]
     Theta(f64),
+    /// There must be one finite positive factor for each frequency.
+    #[error("the {0} factors of the rotation's frequencies are not one finite positive number for each")]
+    Factors(usize),
     /// The scaling's numbers make no frequencies.
     #[error("the rotation scaling {0:?} has a factor that is not finite and positive, or bounds in the wrong order")]
     Scaling(RopeScaling),
@@ -73,6 +76,20 @@ impl RopeTable {
         positions_max: usize,
         scaling: RopeScaling,
     ) -> Result<RopeTable, RopeError> {
+        Self::with_factors(head_dim, theta, positions_max, scaling, None)
+    }
+
+    /// As [`RopeTable::new`], each frequency divided by a factor of its own as well, `[head_dim / 2]`.
+    ///
+    /// # Errors
+    /// If the numbers describe no rotation, or one too large.
+    pub fn with_factors(
+        head_dim: usize,
+        theta: f64,
+        positions_max: usize,
+        scaling: RopeScaling,
+        factors: Option<&[f32]>,
+    ) -> Result<RopeTable, RopeError> {
         if head_dim == 0 || !head_dim.is_multiple_of(2) {
             return Err(RopeError::HeadDim(head_dim));
         }
@@ -87,12 +104,20 @@ impl RopeTable {
             .checked_mul(half)
             .filter(|elements| *elements <= Self::ELEMENTS_MAX)
             .ok_or(RopeError::TooLarge { positions: positions_max, head_dim })?;
-        let frequencies: Vec<f64> = (0..half)
+        let mut frequencies: Vec<f64> = (0..half)
             .map(|i| {
                 let exponent = (2 * i) as f64 / head_dim as f64;
                 scaling.apply(1.0 / libm::pow(theta, exponent))
             })
             .collect();
+        if let Some(factors) = factors {
+            if factors.len() != half || !factors.iter().all(|factor| factor.is_finite() && *factor > 0.0) {
+                return Err(RopeError::Factors(factors.len()));
+            }
+            for (frequency, factor) in frequencies.iter_mut().zip(factors) {
+                *frequency /= f64::from(*factor);
+            }
+        }
         let mut table = RopeTable { half, cos: Vec::with_capacity(elements), sin: Vec::with_capacity(elements) };
         for position in 0..positions_max {
             for frequency in &frequencies {
@@ -142,7 +167,8 @@ impl RopeScaling {
         }
     }
 
-    fn apply(self, frequency: f64) -> f64 {
+    /// The frequency, in turns of 2π per position, that takes the place of this one.
+    pub fn apply(self, frequency: f64) -> f64 {
         match self {
             RopeScaling::Default => frequency,
             RopeScaling::Linear { factor } => frequency / factor,
@@ -198,6 +224,17 @@ mod tests {
     use sha2::{Digest, Sha256};
 
     use super::*;
+
+    #[test]
+    fn factors_divide_frequencies() {
+        let bits = |table: &RopeTable| table.cos.iter().chain(&table.sin).map(|x| x.to_bits()).collect::<Vec<_>>();
+        let linear = RopeTable::new(8, 1e4, 50, RopeScaling::Linear { factor: 2.0 }).unwrap();
+        let with = |factors: &[f32]| RopeTable::with_factors(8, 1e4, 50, RopeScaling::Default, Some(factors));
+        assert_eq!(bits(&with(&[2.0; 4]).unwrap()), bits(&linear));
+        for wrong in [&[2.0; 3][..], &[2.0, 2.0, 0.0, 2.0], &[2.0, f32::NAN, 2.0, 2.0], &[-1.0; 4]] {
+            assert_eq!(with(wrong).unwrap_err(), RopeError::Factors(wrong.len()));
+        }
+    }
 
     /// If this fails, the tables' bits changed: a new `libm`, say. Keep the old bits, or give the profile a new name.
     #[test]

@@ -7,7 +7,7 @@
 
 use std::fmt::Write as _;
 
-use super::source::{Bytes, Part, Source, SourceError};
+use super::source::{Bytes, Format, Part, Source, SourceError};
 
 /// What may follow `builtin:`.
 pub(super) const NAMES: [&str; 2] = ["tiny-rust", "mlp"];
@@ -29,6 +29,8 @@ pub(super) fn source(name: &str) -> Result<Source, SourceError> {
                 "model.safetensors",
                 include_bytes!("../../models/tiny-rust/model.safetensors"),
             )],
+            format: Format::Safetensors,
+            chat_template: None,
         }),
         "mlp" => {
             let config = format!(r#"{{"model_type":"mlp","layer_sizes":{MLP_SIZES:?},"activation":"relu"}}"#);
@@ -38,6 +40,8 @@ pub(super) fn source(name: &str) -> Result<Source, SourceError> {
                 tokenizer: None,
                 index: None,
                 weights: vec![part(name, "model.safetensors", Bytes::Owned(mlp_weights()))],
+                format: Format::Safetensors,
+                chat_template: None,
             })
         }
         _ => Err(SourceError::UnknownBuiltin { name: name.chars().take(80).collect() }),

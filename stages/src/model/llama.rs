@@ -18,13 +18,14 @@ use butterfly_kernels::{
 
 use super::ModelError;
 use super::config::LlamaConfig;
+use super::gguf::tensors::ROPE_FACTORS;
+use super::loading::Loading;
 use super::sequence::Span;
-use super::source::Part;
 use super::weights::{Weights, WeightsError};
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const FINAL_NORM: &str = "model.norm.weight";
-const HEAD: &str = "lm_head.weight";
+pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
+pub(super) const FINAL_NORM: &str = "model.norm.weight";
+pub(super) const HEAD: &str = "lm_head.weight";
 
 /// A range of llama layers with what surrounds them.
 #[derive(Debug)]
@@ -113,7 +114,7 @@ pub(super) fn takes_no_part(config: &LlamaConfig, tensor: &str) -> bool {
     tensor.ends_with("rotary_emb.inv_freq") || (config.tied_head && tensor == HEAD)
 }
 
-fn layer_tensor(layer: usize, name: &str) -> String {
+pub(super) fn layer_tensor(layer: usize, name: &str) -> String {
     format!("model.layers.{layer}.{name}")
 }
 
@@ -122,12 +123,12 @@ impl LlamaSlice {
     pub(super) fn load(
         config: &LlamaConfig,
         weights: &Weights,
-        parts: &[Part],
+        loading: &Loading<'_>,
         range: Range<usize>,
     ) -> Result<Self, ModelError> {
         let vocabulary = [config.vocabulary, config.hidden];
         let embedding = if range.start == 0 {
-            Some(Arc::new(weights.matrix(parts, EMBEDDING, vocabulary, config.dtype)?))
+            Some(Arc::new(weights.matrix(loading, EMBEDDING, vocabulary, config.dtype)?))
         } else {
             None
         };
@@ -136,15 +137,19 @@ impl LlamaSlice {
                 Some(embedding) if config.tied_head => Arc::clone(embedding),
                 _ => {
                     let tensor = if config.tied_head { EMBEDDING } else { HEAD };
-                    Arc::new(weights.matrix(parts, tensor, vocabulary, config.dtype)?)
+                    Arc::new(weights.matrix(loading, tensor, vocabulary, config.dtype)?)
                 }
             };
-            Some(Exit { norm: weights.vector(parts, FINAL_NORM, config.hidden, config.dtype)?, head })
+            Some(Exit { norm: weights.vector(loading, FINAL_NORM, config.hidden, config.dtype)?, head })
         } else {
             None
         };
-        let layers = range.map(|layer| Layer::load(config, weights, parts, layer)).collect::<Result<_, _>>()?;
-        let rope = RopeTable::new(config.head_dim, config.rope_theta, config.context_length, config.rope_scaling)
+        let layers = range.map(|layer| Layer::load(config, weights, loading, layer)).collect::<Result<_, _>>()?;
+        let (theta, positions) = (config.rope_theta, config.context_length);
+        let half = config.head_dim / 2;
+        let factors =
+            weights.has(ROPE_FACTORS).then(|| weights.vector(loading, ROPE_FACTORS, half, None)).transpose()?;
+        let rope = RopeTable::with_factors(config.head_dim, theta, positions, config.rope_scaling, factors.as_deref())
             .map_err(ModelError::Rotation)?;
         Ok(Self { config: config.clone(), embedding, layers, exit, rope })
     }
@@ -263,19 +268,24 @@ impl LlamaSlice {
 }
 
 impl Layer {
-    fn load(config: &LlamaConfig, weights: &Weights, parts: &[Part], layer: usize) -> Result<Self, WeightsError> {
+    fn load(
+        config: &LlamaConfig,
+        weights: &Weights,
+        loading: &Loading<'_>,
+        layer: usize,
+    ) -> Result<Self, WeightsError> {
         let shapes = layer_shapes(config);
         let shape = |name: &str| shapes.iter().find(|(known, _)| *known == name).map(|(_, shape)| shape.as_slice());
-        let norm = |name: &str| weights.vector(parts, &layer_tensor(layer, name), config.hidden, config.dtype);
+        let norm = |name: &str| weights.vector(loading, &layer_tensor(layer, name), config.hidden, config.dtype);
         let linear = |name: &str| -> Result<Linear, WeightsError> {
             let (weight, bias) = (format!("{name}.weight"), format!("{name}.bias"));
             let matrix = match shape(&weight) {
                 Some(&[rows, columns]) => [rows, columns],
                 _ => [0, 0],
             };
-            let matrix = weights.matrix(parts, &layer_tensor(layer, &weight), matrix, config.dtype)?;
+            let matrix = weights.matrix(loading, &layer_tensor(layer, &weight), matrix, config.dtype)?;
             let bias = match shape(&bias) {
-                Some(&[length]) => Some(weights.vector(parts, &layer_tensor(layer, &bias), length, config.dtype)?),
+                Some(&[length]) => Some(weights.vector(loading, &layer_tensor(layer, &bias), length, config.dtype)?),
                 _ => None,
             };
             Ok(Linear { matrix, bias })

@@ -1,20 +1,23 @@
 //! What a model is: its shape, what each layer costs, and one digest over everything that decides its function.
 //!
 //! Invariants: the root covers the exact bytes of config, tokenizer, index and weight files in that order, each under a
-//! role of its own and with its length, so no two different models share one; it does not cover names or paths, so the
-//! same model has the same root on every machine.
+//! role of its own and with its length, so no two different models share one; of a GGUF file, which holds all of these, it
+//! covers the file. It does not cover names or paths, so the same model has the same root on every machine.
 //!
 //! It refuses to know nodes and plans.
 
-use butterfly_kernels::Dtype;
 use sha2::{Digest, Sha256};
 
 use super::config::{Config, LlamaConfig, MlpConfig};
 use super::llama;
-use super::source::{Part, Source};
+use super::mlp;
+use super::source::{Format, Part, Source};
+use super::weights::Weights;
 
 const PART_DOMAIN: &[u8] = b"butterfly/1 model part\0";
 const ROOT_DOMAIN: &[u8] = b"butterfly/1 model root\0";
+/// Bytes of a mapped file that are in memory at a time while it is digested.
+const HASHED_AT_ONCE: usize = 16 << 20;
 
 /// What a model is, without its weights.
 #[derive(Debug, Clone, PartialEq)]
@@ -39,6 +42,8 @@ pub struct Manifest {
     pub bos: Option<u32>,
     /// Each ends a sequence; ascending.
     pub eos: Vec<u32>,
+    /// The chat template as the weight file carries it, unread; a folder has it in files of its own.
+    pub chat_template: Option<String>,
     /// SHA-256 over config, tokenizer and weights.
     pub root: [u8; 32],
     /// One entry per layer; what surrounds the layers is counted with the first and the last.
@@ -68,7 +73,7 @@ pub struct LayerCost {
 }
 
 impl Manifest {
-    pub(super) fn new(source: &Source, config: &Config, dtype: Dtype) -> Self {
+    pub(super) fn new(source: &Source, config: &Config, weights: &Weights) -> Self {
         let (name, root) = (source.name.clone(), root(source));
         match config {
             Config::Llama(config) => Self {
@@ -82,8 +87,9 @@ impl Manifest {
                 output_width: 0,
                 bos: config.bos,
                 eos: config.eos.clone(),
+                chat_template: source.chat_template.clone(),
                 root,
-                layer_costs: llama_costs(config, dtype),
+                layer_costs: llama_costs(config, weights),
             },
             Config::Mlp(config) => Self {
                 name,
@@ -96,8 +102,9 @@ impl Manifest {
                 output_width: config.layer_sizes.last().copied().unwrap_or(0),
                 bos: None,
                 eos: Vec::new(),
+                chat_template: None,
                 root,
-                layer_costs: mlp_costs(config, dtype),
+                layer_costs: mlp_costs(config, weights),
             },
         }
     }
@@ -114,7 +121,7 @@ impl Manifest {
 /// Bytes of one number as keys and values are kept: f16.
 const KV_BYTES: usize = 2;
 
-fn llama_costs(config: &LlamaConfig, dtype: Dtype) -> Vec<LayerCost> {
+fn llama_costs(config: &LlamaConfig, weights: &Weights) -> Vec<LayerCost> {
     let embedding = config.vocabulary * config.hidden;
     let mut costs = vec![
         LayerCost {
@@ -126,17 +133,17 @@ fn llama_costs(config: &LlamaConfig, dtype: Dtype) -> Vec<LayerCost> {
         };
         config.layers
     ];
-    let bytes = |numbers| dtype.row_bytes(numbers).unwrap_or(usize::MAX) as u64;
-    let weights = bytes(llama::layer_shapes(config).iter().map(elements).sum::<usize>());
-    for cost in &mut costs {
-        cost.weight_bytes = weights;
+    for (layer, cost) in costs.iter_mut().enumerate() {
+        let tensors = llama::layer_shapes(config).into_iter().map(|(name, _)| llama::layer_tensor(layer, name));
+        cost.weight_bytes = tensors.map(|tensor| weights.stored_bytes(&tensor)).sum();
     }
     if let Some(first) = costs.first_mut() {
-        first.weight_bytes += bytes(embedding);
+        first.weight_bytes += weights.stored_bytes(llama::EMBEDDING);
     }
     if let Some(last) = costs.last_mut() {
         // On one slice a tied head costs nothing more; a planner that cuts the model needs it on both ends.
-        last.weight_bytes += bytes(embedding + config.hidden);
+        let head = if config.tied_head { llama::EMBEDDING } else { llama::HEAD };
+        last.weight_bytes += weights.stored_bytes(head) + weights.stored_bytes(llama::FINAL_NORM);
         last.work += embedding as f64;
         last.boundary_bytes = size_of::<u32>() as u64;
     }
@@ -147,12 +154,13 @@ fn elements((_, shape): &(&'static str, Vec<usize>)) -> usize {
     shape.iter().product()
 }
 
-fn mlp_costs(config: &MlpConfig, dtype: Dtype) -> Vec<LayerCost> {
+fn mlp_costs(config: &MlpConfig, weights: &Weights) -> Vec<LayerCost> {
     let sizes = config.layer_sizes.windows(2);
     sizes
-        .filter_map(|pair| match *pair {
+        .enumerate()
+        .filter_map(|(layer, pair)| match *pair {
             [inputs, outputs] => Some(LayerCost {
-                weight_bytes: dtype.row_bytes((inputs + 1) * outputs).unwrap_or(usize::MAX) as u64,
+                weight_bytes: weights.stored_bytes(&mlp::weight(layer)) + weights.stored_bytes(&mlp::bias(layer)),
                 kv_bytes_per_position: 0,
                 work: (inputs * outputs) as f64,
                 boundary_bytes: (outputs * size_of::<f32>()) as u64,
@@ -164,11 +172,11 @@ fn mlp_costs(config: &MlpConfig, dtype: Dtype) -> Vec<LayerCost> {
 
 fn root(source: &Source) -> [u8; 32] {
     let small = [(b'c', Some(&source.config)), (b't', source.tokenizer.as_ref()), (b'i', source.index.as_ref())];
-    let parts: Vec<(u8, &Part)> = small
-        .into_iter()
-        .filter_map(|(role, part)| part.map(|part| (role, part)))
-        .chain(source.weights.iter().map(|part| (b'w', part)))
-        .collect();
+    let small = small.into_iter().filter_map(|(role, part)| part.map(|part| (role, part)));
+    let parts: Vec<(u8, &Part)> = match source.format {
+        Format::Safetensors => small.chain(source.weights.iter().map(|part| (b'w', part))).collect(),
+        Format::Gguf => source.weights.iter().map(|part| (b'g', part)).collect(),
+    };
     let mut root = Sha256::new();
     root.update(ROOT_DOMAIN);
     root.update((parts.len() as u64).to_le_bytes());
@@ -178,8 +186,12 @@ fn root(source: &Source) -> [u8; 32] {
         digest.update(PART_DOMAIN);
         digest.update([role]);
         digest.update((bytes.len() as u64).to_le_bytes());
-        // Mapped pages come and go as they are read: hashing a file takes no memory of its size.
-        digest.update(bytes);
+        // Mapped pages are given back as they were read: hashing a file takes no memory of its size.
+        for start in (0..bytes.len()).step_by(HASHED_AT_ONCE) {
+            let chunk = start..bytes.len().min(start + HASHED_AT_ONCE);
+            digest.update(bytes.get(chunk.clone()).unwrap_or_default());
+            part.bytes.release(chunk);
+        }
         root.update(digest.finalize());
     }
     root.finalize().into()
@@ -198,6 +210,8 @@ mod tests {
             tokenizer: tokenizer.map(part),
             index: None,
             weights: weights.iter().map(|bytes| part(bytes)).collect(),
+            format: Format::Safetensors,
+            chat_template: None,
         }
     }
 

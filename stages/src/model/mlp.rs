@@ -9,8 +9,8 @@ use std::ops::Range;
 use butterfly_kernels::{Matrix, Pool, gelu, linear, relu, tanh};
 
 use super::config::{Activation, MlpConfig};
+use super::loading::Loading;
 use super::sequence::Span;
-use super::source::Part;
 use super::weights::{Weights, WeightsError};
 
 /// A range of dense layers.
@@ -38,11 +38,11 @@ pub(super) fn shapes(config: &MlpConfig) -> Vec<(String, Vec<usize>)> {
         .collect()
 }
 
-fn weight(layer: usize) -> String {
+pub(super) fn weight(layer: usize) -> String {
     format!("layers.{layer}.weight")
 }
 
-fn bias(layer: usize) -> String {
+pub(super) fn bias(layer: usize) -> String {
     format!("layers.{layer}.bias")
 }
 
@@ -51,7 +51,7 @@ impl MlpSlice {
     pub(super) fn load(
         config: &MlpConfig,
         weights: &Weights,
-        parts: &[Part],
+        loading: &Loading<'_>,
         range: Range<usize>,
     ) -> Result<Self, WeightsError> {
         let last = config.layer_sizes.len().saturating_sub(1);
@@ -61,8 +61,8 @@ impl MlpSlice {
             let size = |index: usize| config.layer_sizes.get(index).copied().unwrap_or(0);
             let (inputs, outputs) = (size(layer), size(layer + 1));
             layers.push(Layer {
-                matrix: weights.matrix(parts, &weight(layer), [outputs, inputs], config.dtype)?,
-                bias: weights.vector(parts, &bias(layer), outputs, config.dtype)?,
+                matrix: weights.matrix(loading, &weight(layer), [outputs, inputs], config.dtype)?,
+                bias: weights.vector(loading, &bias(layer), outputs, config.dtype)?,
                 activation: (layer + 1 < last).then_some(config.activation),
             });
         }

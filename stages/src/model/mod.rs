@@ -14,9 +14,12 @@
 mod builtin;
 pub mod config;
 mod generation;
+pub mod gguf;
 mod llama;
+mod loading;
 mod manifest;
 mod mlp;
+mod packed;
 mod sequence;
 mod slice;
 mod source;
@@ -26,19 +29,22 @@ mod weights;
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
 use std::path::Path;
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
-use butterfly_kernels::{Dtype, RopeError};
+use butterfly_kernels::RopeError;
 
 use config::{Config, ConfigError};
+use gguf::tensors::ROPE_FACTORS;
 use llama::LlamaSlice;
+use loading::Loading;
 use mlp::MlpSlice;
 use slice::Layers;
-use source::Source;
+use source::{Bytes, Format, Part, Source};
 use weights::Weights;
 
 pub use generation::{Generation, Sampled};
 pub use manifest::{Architecture, LayerCost, Manifest};
+pub use packed::PackedWeights;
 pub use sequence::{Sequence, SequenceStep, StepFault, StepInput, StepOutput};
 pub use slice::{ForwardError, SliceModel};
 pub use source::{CONFIG_BYTES_MAX, INDEX_BYTES_MAX, SourceError, TOKENIZER_BYTES_MAX, WEIGHT_FILES_MAX};
@@ -56,6 +62,7 @@ pub struct Model {
     weights: Weights,
     tokenizer: Option<Tokenizer>,
     manifest: Manifest,
+    packed: OnceLock<PackedWeights>,
 }
 
 /// Why a model cannot be run.
@@ -94,8 +101,8 @@ pub enum ModelError {
 }
 
 impl Model {
-    /// Opens `builtin:<name>`, or a folder relative to `base` with `config.json`, safetensors and usually
-    /// `tokenizer.json`. Reads every byte once, for the root. Built-in models are opened once in a process.
+    /// Opens `builtin:<name>`, or relative to `base` a GGUF file (`….gguf`) or a folder with `config.json`, safetensors
+    /// and usually `tokenizer.json`. Reads every byte once, for the root. Built-in models are opened once in a process.
     ///
     /// # Errors
     ///
@@ -103,7 +110,7 @@ impl Model {
     pub fn open(spec: &str, base: &Path) -> Result<Arc<Self>, ModelError> {
         static OPENED: Mutex<BTreeMap<String, Weak<Model>>> = Mutex::new(BTreeMap::new());
         let Some(name) = spec.strip_prefix(BUILTIN) else {
-            return Self::check(Source::folder(&base.join(spec))?).map(Arc::new);
+            return Self::check(Source::open(&base.join(spec))?).map(Arc::new);
         };
         let mut opened = OPENED.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(model) = opened.get(name).and_then(Weak::upgrade) {
@@ -114,20 +121,39 @@ impl Model {
         Ok(model)
     }
 
+    /// Opens a GGUF file that is in memory already.
+    ///
+    /// # Errors
+    ///
+    /// [`ModelError`], naming the place; `name` is also how errors name the file.
+    pub fn from_gguf(name: &str, bytes: Vec<u8>) -> Result<Arc<Self>, ModelError> {
+        let part = Part { file: name.to_owned(), name: name.to_owned(), bytes: Bytes::Owned(bytes) };
+        Self::check(Source::gguf(name.to_owned(), part)?).map(Arc::new)
+    }
+
     fn check(source: Source) -> Result<Self, ModelError> {
         let config = Config::parse(source.config.bytes.as_ref())
             .map_err(|error| ModelError::Config { file: source.config.file.clone(), error })?;
-        let index = source.index.as_ref().map(source::Part::index).transpose()?;
-        let weights = Weights::open(&source.weights, index.as_ref())?;
-        let dtype = check_tensors(&config, &weights)?;
-        let manifest = Manifest::new(&source, &config, dtype);
+        let index = source.index.as_ref().map(Part::index).transpose()?;
+        let weights = match source.format {
+            Format::Safetensors => Weights::open(&source.weights, index.as_ref())?,
+            Format::Gguf => Weights::gguf(&source.weights, &config)?,
+        };
+        check_tensors(&config, &weights)?;
+        let manifest = Manifest::new(&source, &config, &weights);
         let tokenizer = match &source.tokenizer {
             Some(part) if manifest.vocabulary > 0 => {
                 Some(Tokenizer::parse(&part.file, part.bytes.as_ref(), manifest.vocabulary)?)
             }
             _ => None,
         };
-        Ok(Self { source, config, weights, tokenizer, manifest })
+        Ok(Self { source, config, weights, tokenizer, manifest, packed: OnceLock::new() })
+    }
+
+    /// Keeps packed weights on disk from now on, and takes those that are there, so that a later start need not pack
+    /// again. The first folder that is named stays; weights inside this program are not kept.
+    pub fn keep_packed(&self, packed: PackedWeights) {
+        self.packed.get_or_init(|| packed);
     }
 
     /// What the model is.
@@ -161,13 +187,16 @@ impl Model {
         if let Some(slice) = loaded.get(&key).and_then(Weak::upgrade) {
             return Ok(slice);
         }
-        let parts = &self.source.weights;
+        let total =
+            self.manifest.layer_costs.get(first..last).unwrap_or_default().iter().map(|cost| cost.weight_bytes).sum();
+        let loading = Loading::new(&self.source.weights, self.manifest.root, self.packed.get(), total);
         let layers = match &self.config {
             Config::Llama(config) => {
-                Layers::Llama(Box::new(LlamaSlice::load(config, &self.weights, parts, first..last)?))
+                Layers::Llama(Box::new(LlamaSlice::load(config, &self.weights, &loading, first..last)?))
             }
-            Config::Mlp(config) => Layers::Mlp(MlpSlice::load(config, &self.weights, parts, first..last)?),
+            Config::Mlp(config) => Layers::Mlp(MlpSlice::load(config, &self.weights, &loading, first..last)?),
         };
+        loading.finish();
         let slice = Arc::new(SliceModel {
             root: self.manifest.root,
             range: first..last,
@@ -180,23 +209,27 @@ impl Model {
     }
 }
 
-/// Checks that the files hold the model's tensors and no others; gives the element type of the first.
-fn check_tensors(config: &Config, weights: &Weights) -> Result<Dtype, WeightsError> {
+/// Checks that the files hold the model's tensors and no others.
+fn check_tensors(config: &Config, weights: &Weights) -> Result<(), WeightsError> {
     let (shapes, dtype) = match config {
         Config::Llama(config) => (llama::shapes(config), config.dtype),
         Config::Mlp(config) => (mlp::shapes(config), config.dtype),
     };
-    let mut found = None;
     for (tensor, shape) in &shapes {
-        found.get_or_insert(weights.check(tensor, shape, dtype)?);
+        weights.check(tensor, shape, dtype)?;
+    }
+    if let Config::Llama(config) = config
+        && weights.has(ROPE_FACTORS)
+    {
+        weights.check(ROPE_FACTORS, &[config.head_dim / 2], None)?;
     }
     let known: BTreeSet<&str> = shapes.iter().map(|(tensor, _)| tensor.as_str()).collect();
     let takes_no_part = |tensor: &str| match config {
-        Config::Llama(config) => llama::takes_no_part(config, tensor),
+        Config::Llama(config) => llama::takes_no_part(config, tensor) || tensor == ROPE_FACTORS,
         Config::Mlp(_) => false,
     };
     match weights.names().find(|tensor| !known.contains(tensor) && !takes_no_part(tensor)) {
         Some(tensor) => Err(weights.unexpected(tensor)),
-        None => Ok(found.unwrap_or(Dtype::F32)),
+        None => Ok(()),
     }
 }

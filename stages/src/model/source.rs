@@ -1,19 +1,22 @@
-//! Where the bytes of a model come from: a folder, or this program itself.
+//! Where the bytes of a model come from: a folder, a GGUF file, or this program itself.
 //!
 //! Invariants: the parts of a [`Source`] are in one fixed order (config, tokenizer, index, weight files by name); small
 //! parts are private copies, so what is digested is what is parsed; weight files are mapped. Embedded bytes may lie at
-//! any address: nothing here promises alignment.
+//! any address: nothing here promises alignment. Config and tokenizer of a GGUF file are derived from it, and so only the
+//! file itself is digested.
 //!
 //! It refuses to know what the bytes mean, apart from the file names in a shard index.
 
 use std::collections::BTreeSet;
 use std::io;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use butterfly_mapping::Mapped;
 use serde::Deserialize;
 
 use super::builtin;
+use super::gguf::{self, Gguf, GgufError};
 
 /// Size of `config.json`, at most.
 pub const CONFIG_BYTES_MAX: usize = 1 << 20;
@@ -40,6 +43,18 @@ pub(super) struct Source {
     pub(super) index: Option<Part>,
     /// Ascending by file name.
     pub(super) weights: Vec<Part>,
+    /// How the weight files are written.
+    pub(super) format: Format,
+    /// The chat template, where the weight file carries it.
+    pub(super) chat_template: Option<String>,
+}
+
+/// How weight files are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Format {
+    Safetensors,
+    /// One file, which config and tokenizer were derived from.
+    Gguf,
 }
 
 /// One file of a model.
@@ -58,6 +73,20 @@ pub(super) enum Bytes {
     Embedded(&'static [u8]),
     Owned(Vec<u8>),
     Mapped(Mapped),
+}
+
+impl Bytes {
+    /// Whether they are those of a file.
+    pub(super) fn is_mapped(&self) -> bool {
+        matches!(self, Self::Mapped(_))
+    }
+
+    /// Tells that a range was read and is not needed in memory for now; it can be read again.
+    pub(super) fn release(&self, range: Range<usize>) {
+        if let Self::Mapped(mapped) = self {
+            mapped.release(range);
+        }
+    }
 }
 
 impl AsRef<[u8]> for Bytes {
@@ -80,7 +109,7 @@ pub enum SourceError {
         name: String,
     },
     /// The folder is not there.
-    #[error("'{}' is not a folder with a model", folder.display())]
+    #[error("'{}' is neither a folder with a model nor a GGUF file", folder.display())]
     NotAFolder {
         /// Its path.
         folder: PathBuf,
@@ -109,6 +138,14 @@ pub enum SourceError {
         /// Its path.
         folder: PathBuf,
     },
+    /// The GGUF file is malformed, or of a model that is not supported.
+    #[error("{file}: {error}")]
+    Gguf {
+        /// Its path.
+        file: String,
+        /// What is wrong with it.
+        error: GgufError,
+    },
     /// The shard index is malformed.
     #[error("{file}: {problem}")]
     Index {
@@ -127,6 +164,33 @@ pub(super) struct Index {
 }
 
 impl Source {
+    /// A folder, or a file whose name ends in `.gguf`.
+    pub(super) fn open(path: &Path) -> Result<Self, SourceError> {
+        let is_gguf = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf"));
+        if !is_gguf || path.is_dir() {
+            return Self::folder(path);
+        }
+        let (folder, file) = (path.parent().unwrap_or(Path::new("")), path.file_name().unwrap_or_default());
+        let name = path.file_stem().map_or_else(|| "model".to_owned(), |name| name.to_string_lossy().into_owned());
+        Self::gguf(name, Part::mapped(folder, &file.to_string_lossy())?)
+    }
+
+    /// A GGUF file, from which config and tokenizer are derived.
+    pub(super) fn gguf(name: String, weights: Part) -> Result<Self, SourceError> {
+        let wrong = |error: GgufError| SourceError::Gguf { file: weights.file.clone(), error };
+        let derived = |name: &str, json: &serde_json::Value| Part {
+            file: format!("{}, as {name}", weights.file),
+            name: name.to_owned(),
+            bytes: Bytes::Owned(json.to_string().into_bytes()),
+        };
+        let gguf = Gguf::parse(weights.bytes.as_ref()).map_err(wrong)?;
+        let config = derived(CONFIG_FILE, &gguf::config::config(&gguf).map_err(wrong)?);
+        let tokenizer = gguf::tokenizer::tokenizer(&gguf).map_err(wrong)?;
+        let tokenizer = tokenizer.map(|json| derived(TOKENIZER_FILE, &json));
+        let chat_template = gguf.text("tokenizer.chat_template").map_err(wrong)?.map(str::to_owned);
+        Ok(Self { name, config, tokenizer, index: None, weights: vec![weights], format: Format::Gguf, chat_template })
+    }
+
     /// A folder with `config.json`, safetensors, and usually `tokenizer.json`. A single `model.safetensors` is preferred
     /// to an index, as transformers does.
     pub(super) fn folder(folder: &Path) -> Result<Self, SourceError> {
@@ -150,7 +214,8 @@ impl Source {
         } else {
             return Err(SourceError::NoWeights { folder: folder.to_owned() });
         };
-        Ok(Self { name, config, tokenizer, index, weights })
+        let format = Format::Safetensors;
+        Ok(Self { name, config, tokenizer, index, weights, format, chat_template: None })
     }
 }
 

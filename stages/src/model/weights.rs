@@ -1,4 +1,4 @@
-//! Weights in safetensors files: one file, or several with an index.
+//! Weights in safetensors files, one or several with an index, or in a GGUF file.
 //!
 //! Purpose: find each tensor that a configuration asks for, and prove its shape, its element type and that it is finite
 //! before anything is computed with it.
@@ -12,6 +12,7 @@
 #[cfg(test)]
 mod tests;
 
+use std::borrow::Cow;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::ops::Range;
@@ -21,6 +22,9 @@ use safetensors::tensor::{Metadata, TensorInfo};
 use serde::Deserialize;
 use serde::de::{IgnoredAny, MapAccess, Visitor};
 
+use super::config::Config;
+use super::gguf::{Gguf, GgufError, TensorKind, tensors};
+use super::loading::Loading;
 use super::source::{Index, Part};
 
 /// Size of a safetensors header, at most.
@@ -115,6 +119,14 @@ pub enum WeightsError {
         /// NaN, inf or -inf.
         found: f32,
     },
+    /// The GGUF file is malformed.
+    #[error("{file}: {error}")]
+    Gguf {
+        /// The weight file.
+        file: String,
+        /// What is wrong with it.
+        error: GgufError,
+    },
     /// Files and index disagree.
     #[error("{file}: the index says that tensor '{tensor}' {problem}")]
     Index {
@@ -143,10 +155,41 @@ pub(super) struct Weights {
 struct Place {
     /// Which of the source's weight files.
     file: usize,
-    dtype: safetensors::Dtype,
+    stored: Stored,
     shape: Vec<usize>,
     /// Within the file.
     bytes: Range<usize>,
+    /// The rows stand side by side by pairs, in so many heads, and are put back into halves when they are read.
+    paired_heads: Option<usize>,
+}
+
+/// An element type as a file names it.
+#[derive(Debug, Clone, Copy)]
+enum Stored {
+    Safetensors(safetensors::Dtype),
+    Gguf(&'static TensorKind),
+}
+
+impl Stored {
+    /// What the kernels call it, if they compute with it.
+    fn dtype(self) -> Option<Dtype> {
+        match self {
+            Self::Safetensors(safetensors::Dtype::F32) => Some(Dtype::F32),
+            Self::Safetensors(safetensors::Dtype::F16) => Some(Dtype::F16),
+            Self::Safetensors(safetensors::Dtype::BF16) => Some(Dtype::Bf16),
+            Self::Safetensors(_) => None,
+            Self::Gguf(kind) => kind.dtype(),
+        }
+    }
+}
+
+impl fmt::Display for Stored {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Safetensors(dtype) => write!(f, "{dtype:?}"),
+            Self::Gguf(kind) => f.write_str(kind.name),
+        }
+    }
 }
 
 impl Weights {
@@ -169,6 +212,40 @@ impl Weights {
         Ok(weights)
     }
 
+    /// Reads the directory of a GGUF file, the only one of `parts`.
+    pub(super) fn gguf(parts: &[Part], config: &Config) -> Result<Self, WeightsError> {
+        let files: Vec<String> = parts.iter().map(|part| part.file.clone()).collect();
+        let wrong = |error| WeightsError::Gguf { file: files.first().cloned().unwrap_or_default(), error };
+        let gguf = Gguf::parse(parts.first().map_or(&[], |part| part.bytes.as_ref())).map_err(wrong)?;
+        let architecture = super::gguf::config::architecture(&gguf).map_err(wrong)?;
+        let (heads, kv_heads) = match config {
+            Config::Llama(config) => (config.heads, config.kv_heads),
+            _ => (0, 0),
+        };
+        let mut tensors = BTreeMap::new();
+        for tensor in gguf.tensors {
+            let name = tensors::canonical(tensor.name);
+            let paired_heads = tensors::paired_heads(architecture, &name, heads, kv_heads);
+            let (stored, shape, bytes) = (Stored::Gguf(tensor.kind), tensor.shape, tensor.bytes);
+            let place = Place { file: 0, stored, shape, bytes, paired_heads };
+            if tensors.insert(name.clone(), place).is_some() {
+                let file = files.first().cloned().unwrap_or_default();
+                return Err(WeightsError::Duplicate { file, tensor: name, other: None });
+            }
+        }
+        Ok(Self { tensors, files })
+    }
+
+    /// Bytes that a tensor takes in its file; 0 if there is none of this name.
+    pub(super) fn stored_bytes(&self, tensor: &str) -> u64 {
+        self.tensors.get(tensor).map_or(0, |place| place.bytes.len() as u64)
+    }
+
+    /// Whether there is such a tensor.
+    pub(super) fn has(&self, tensor: &str) -> bool {
+        self.tensors.contains_key(tensor)
+    }
+
     /// The names of all tensors, ascending.
     pub(super) fn names(&self) -> impl Iterator<Item = &str> {
         self.tensors.keys().map(String::as_str)
@@ -180,49 +257,88 @@ impl Weights {
         self.place(tensor, shape, dtype).map(|(_, dtype)| dtype)
     }
 
-    /// Packs a matrix `[rows, columns]`. `parts` are those the weights were opened with.
+    /// Packs a matrix `[rows, columns]`, or takes it as an earlier load packed it. The files are those the weights were
+    /// opened with.
     pub(super) fn matrix(
         &self,
-        parts: &[Part],
+        loading: &Loading<'_>,
         tensor: &str,
         [rows, columns]: [usize; 2],
         dtype: Option<Dtype>,
     ) -> Result<Matrix, WeightsError> {
         let (place, dtype) = self.place(tensor, &[rows, columns], dtype)?;
-        let bytes = self.bytes(parts, tensor, place)?;
-        Matrix::pack(WeightView { dtype, bytes, rows, columns }).map_err(|error| match error {
+        if let Some(matrix) = loading.find(place.file, tensor, dtype, [rows, columns]) {
+            loading.done_with(place.file, place.bytes.clone());
+            return Ok(matrix);
+        }
+        let bytes = self.bytes(loading.parts, tensor, place)?;
+        let matrix = Matrix::pack(WeightView { dtype, bytes: &bytes, rows, columns }).map_err(|error| match error {
             PackError::NotFinite { row, column } => {
-                self.not_finite(tensor, place, dtype, bytes, row.saturating_mul(columns).saturating_add(column))
+                self.not_finite(tensor, place, dtype, &bytes, row.saturating_mul(columns).saturating_add(column))
             }
             error => {
                 WeightsError::Header { file: self.file(place.file), problem: format!("tensor '{tensor}': {error}") }
             }
-        })
+        })?;
+        drop(bytes);
+        loading.done_with(place.file, place.bytes.clone());
+        loading.keep(place.file, tensor, &matrix);
+        Ok(matrix)
     }
 
-    /// Widens a vector of `length` elements: a bias, or the weights of a norm. `parts` as for [`Weights::matrix`].
-    pub(super) fn vector(
+    /// Widens one row of a tensor of this shape, of which a vector has one. `parts` are those the weights were
+    /// opened with.
+    pub(super) fn stored_row(
         &self,
         parts: &[Part],
+        tensor: &str,
+        shape: &[usize],
+        row: usize,
+        out: &mut [f32],
+    ) -> Result<(), WeightsError> {
+        let (place, dtype) = self.place(tensor, shape, None)?;
+        let bytes = self.bytes(parts, tensor, place)?;
+        let row = row.saturating_mul(out.len()).saturating_mul(dtype.block_bytes());
+        read(dtype, bytes.get(row..).unwrap_or_default(), out);
+        Ok(())
+    }
+
+    /// Widens a vector of `length` elements: a bias, or the weights of a norm.
+    pub(super) fn vector(
+        &self,
+        loading: &Loading<'_>,
         tensor: &str,
         length: usize,
         dtype: Option<Dtype>,
     ) -> Result<Vec<f32>, WeightsError> {
         let (place, dtype) = self.place(tensor, &[length], dtype)?;
-        let bytes = self.bytes(parts, tensor, place)?;
-        let vector: Vec<f32> = bytes.chunks_exact(dtype.block_bytes()).map(|element| widen(dtype, element)).collect();
+        let bytes = self.bytes(loading.parts, tensor, place)?;
+        let mut vector = vec![0.0; length];
+        read(dtype, &bytes, &mut vector);
         match vector.iter().position(|value| !value.is_finite()) {
             None => Ok(vector),
-            Some(element) => Err(self.not_finite(tensor, place, dtype, bytes, element)),
+            Some(element) => Err(self.not_finite(tensor, place, dtype, &bytes, element)),
         }
     }
 
-    fn bytes<'a>(&self, parts: &'a [Part], tensor: &str, place: &Place) -> Result<&'a [u8], WeightsError> {
-        let part = parts.get(place.file);
-        part.and_then(|part| part.bytes.as_ref().get(place.bytes.clone())).ok_or_else(|| WeightsError::Header {
+    /// The bytes of a tensor, its rows in order.
+    fn bytes<'a>(&self, parts: &'a [Part], tensor: &str, place: &Place) -> Result<Cow<'a, [u8]>, WeightsError> {
+        let wrong = |problem: &str| WeightsError::Header {
             file: self.file(place.file),
-            problem: format!("tensor '{tensor}' lies outside the file"),
-        })
+            problem: format!("tensor '{tensor}' {problem}"),
+        };
+        let part = parts.get(place.file);
+        let bytes = part.and_then(|part| part.bytes.as_ref().get(place.bytes.clone()));
+        let bytes = bytes.ok_or_else(|| wrong("lies outside the file"))?;
+        match place.paired_heads {
+            None => Ok(Cow::Borrowed(bytes)),
+            Some(heads) => {
+                let rows = place.shape.first().copied().unwrap_or_default();
+                let row_bytes = bytes.len().checked_div(rows).unwrap_or_default();
+                let halves = tensors::halves(bytes, row_bytes, heads);
+                halves.map(Cow::Owned).ok_or_else(|| wrong("has rows that are not those of its heads"))
+            }
+        }
     }
 
     fn not_finite(&self, tensor: &str, place: &Place, dtype: Dtype, bytes: &[u8], element: usize) -> WeightsError {
@@ -250,18 +366,14 @@ impl Weights {
             let (expected, found) = (shape.to_vec(), place.shape.clone());
             return Err(WeightsError::Shape { file, tensor, expected, found });
         }
-        let found = match place.dtype {
-            safetensors::Dtype::F32 => Some(Dtype::F32),
-            safetensors::Dtype::F16 => Some(Dtype::F16),
-            safetensors::Dtype::BF16 => Some(Dtype::Bf16),
-            _ => None,
-        };
-        match (found, dtype) {
+        // Vectors are used as they are; blocks are for matrices.
+        let usable = |dtype: &Dtype| shape.len() == 2 || dtype.block_columns() == 1;
+        match (place.stored.dtype().filter(usable), dtype) {
             (Some(found), None) => Ok((place, found)),
             (Some(found), Some(expected)) if found == expected => Ok((place, found)),
             (_, expected) => {
-                let expected = expected.map_or("F32, F16 or BF16", name).to_owned();
-                Err(WeightsError::ElementType { file, tensor, expected, found: format!("{:?}", place.dtype) })
+                let expected = expected.map_or(any(shape), name).to_owned();
+                Err(WeightsError::ElementType { file, tensor, expected, found: place.stored.to_string() })
             }
         }
     }
@@ -323,7 +435,8 @@ fn header(part: &Part, file: usize) -> Result<Vec<(String, Place)>, WeightsError
     let place = |info: &TensorInfo| -> Option<Place> {
         let (start, end) = info.data_offsets;
         let bytes = data.checked_add(start)?..data.checked_add(end)?;
-        Some(Place { file, dtype: info.dtype, shape: info.shape.clone(), bytes })
+        let stored = Stored::Safetensors(info.dtype);
+        Some(Place { file, stored, shape: info.shape.clone(), bytes, paired_heads: None })
     };
     let places = metadata.tensors().into_iter();
     let places = places.map(|(name, info)| place(info).map(|place| (name, place))).collect::<Option<Vec<_>>>();
@@ -367,6 +480,14 @@ fn repeated_key(text: &[u8]) -> Result<Option<String>, serde_json::Error> {
     serde_json::from_slice(text).map(|Keys(repeated)| repeated)
 }
 
+/// Elements as f32, as many as `out` has. Elements that do not stand alone give NaN.
+fn read(dtype: Dtype, bytes: &[u8], out: &mut [f32]) {
+    out.fill(f32::NAN);
+    for (out, element) in out.iter_mut().zip(bytes.chunks_exact(dtype.block_bytes())) {
+        *out = widen(dtype, element);
+    }
+}
+
 /// One stored element as f32, exactly. Bytes of another length than the element's give NaN.
 fn widen(dtype: Dtype, bytes: &[u8]) -> f32 {
     match (dtype, bytes) {
@@ -377,7 +498,12 @@ fn widen(dtype: Dtype, bytes: &[u8]) -> f32 {
     }
 }
 
-/// As weight files spell it.
+/// What a tensor of this shape may be.
+fn any(shape: &[usize]) -> &'static str {
+    if shape.len() == 2 { "F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K or Q6_K" } else { "F32, F16 or BF16" }
+}
+
+/// As the files spell it.
 fn name(dtype: Dtype) -> &'static str {
     match dtype {
         Dtype::F32 => "F32",

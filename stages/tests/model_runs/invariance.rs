@@ -78,6 +78,11 @@ fn run(slices: &[Arc<SliceModel>], pool: &Pool, prompts: &[(&[u32], &[usize])]) 
     traces
 }
 
+/// The logits after each prompt, all prompts sharing the passes; the chunks of each as given.
+pub(crate) fn last_logits(slices: &[Arc<SliceModel>], pool: &Pool, prompts: &[(&[u32], &[usize])]) -> Vec<Vec<u32>> {
+    run(slices, pool, prompts).into_iter().map(|trace| trace.logits).collect()
+}
+
 /// Random chunk sizes and token ids.
 fn prompt(rng: &mut TestRng, vocabulary: u32, longest: usize) -> (Vec<u32>, Vec<usize>) {
     let length = rng.random_range(1..=longest);

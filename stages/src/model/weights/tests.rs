@@ -7,6 +7,10 @@ fn part(name: &str, bytes: Vec<u8>) -> Part {
     Part { file: format!("folder/{name}"), name: name.to_owned(), bytes: Bytes::Owned(bytes) }
 }
 
+fn loading(parts: &[Part]) -> Loading<'_> {
+    Loading::new(parts, [0; 32], None, 0)
+}
+
 fn file(header: &str, data: &[u8]) -> Vec<u8> {
     let mut bytes = (header.len() as u64).to_le_bytes().to_vec();
     bytes.extend_from_slice(header.as_bytes());
@@ -118,17 +122,17 @@ fn the_first_weight_that_is_not_finite_is_named() {
             let parts = [part("a", file(&header, &data))];
             let weights = Weights::open(&parts, None).unwrap();
             for error in [
-                weights.vector(&parts, "w", 5, Some(dtype)).unwrap_err(),
+                weights.vector(&loading(&parts), "w", 5, Some(dtype)).unwrap_err(),
                 Weights::open(&[part("a", file(&header.replace("[5]", "[5,1]"), &data))], None)
                     .unwrap()
-                    .matrix(&[part("a", file(&header.replace("[5]", "[5,1]"), &data))], "w", [5, 1], None)
+                    .matrix(&loading(&[part("a", file(&header.replace("[5]", "[5,1]"), &data))]), "w", [5, 1], None)
                     .unwrap_err(),
             ] {
                 assert!(matches!(error, WeightsError::NotFinite { element: 3, .. }), "{error}");
             }
             data[3 * size..4 * size].fill(0x3f);
             let parts = [part("a", file(&header, &data))];
-            assert_eq!(weights.vector(&parts, "w", 5, Some(dtype)).unwrap().len(), 5);
+            assert_eq!(weights.vector(&loading(&parts), "w", 5, Some(dtype)).unwrap().len(), 5);
         }
     }
 }
