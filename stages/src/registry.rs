@@ -76,6 +76,18 @@ pub const INGEST: KindSignature = KindSignature {
         ),
         key("max_connections", "open client connections", ValueSpec::Integer { min: 1, max: 1_000_000 }, Some("1024")),
         key("tokens_file", "hashed API keys, one a line; may be absent only on a loopback bind", ValueSpec::Path, None),
+        key(
+            "result_cache",
+            "memory for answers to requests that can have one answer only; 0 keeps none",
+            ValueSpec::Bytes { min: 0, max: 1 << 40 },
+            Some("0 B"),
+        ),
+        key(
+            "cors_origins",
+            "origins of pages that may ask, with spaces between them, or * for all; none when absent",
+            ValueSpec::Text,
+            None,
+        ),
     ],
     networked: false,
     full: &[WhenFull::Reject, WhenFull::Wait],

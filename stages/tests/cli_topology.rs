@@ -5,6 +5,8 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output};
 
+use sha2::Digest;
+
 /// Runs the program in a folder, without the settings of whoever runs the tests.
 fn butterfly(folder: &Path, arguments: &[&str]) -> Output {
     command(folder, arguments).output().unwrap()
@@ -141,6 +143,21 @@ fn a_secret_key_is_its_owners_alone() {
     let output = butterfly(folder.path(), &["keygen", "--show", "other.key"]);
     assert_eq!(output.status.code(), Some(4), "a key that others can read is refused");
     assert!(text(&output.stderr).contains("chmod 600"));
+}
+
+#[test]
+fn an_api_key_goes_to_its_client_and_its_hash_to_the_gateway() {
+    let folder = tempfile::tempdir().unwrap();
+    let made = butterfly(folder.path(), &["keygen", "--api-key", "alice", "alice.key"]);
+    assert!(made.status.success(), "{}", text(&made.stderr));
+    let key = std::fs::read_to_string(folder.path().join("alice.key")).unwrap();
+    let line = format!("{} alice\n", hex::encode(sha2::Sha256::digest(key.trim())));
+    assert_eq!(text(&made.stdout), line);
+    assert!(!text(&made.stderr).contains(key.trim()), "the key is in its file alone");
+    assert_eq!(text(&butterfly(folder.path(), &["keygen", "--show", "--api-key", "alice", "alice.key"]).stdout), line);
+    let again = butterfly(folder.path(), &["keygen", "--api-key", "alice", "alice.key"]);
+    assert!(text(&again.stderr).contains("never overwritten"));
+    assert_eq!(butterfly(folder.path(), &["keygen", "--api-key", "a b", "b.key"]).status.code(), Some(2));
 }
 
 #[test]

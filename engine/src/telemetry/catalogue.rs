@@ -255,6 +255,8 @@ pub struct Metrics {
     pub partition_cache_hit_ratio: HitRatio,
     /// How near the plan comes to an even division of the work by the speed of the nodes: 1 is even.
     pub partition_quality_ratio: Level,
+    /// Repeated requests answered from the result cache.
+    pub result_cache_hit_ratio: HitRatio,
     /// Rounds of the protocol.
     pub consensus_rounds_total: Labelled<PhaseLabels, Counter>,
     /// Transitions between its phases.
@@ -407,6 +409,11 @@ impl Metrics {
             "partition_quality_ratio",
             "How even the plan divides the work by the speed of the nodes",
             self.partition_quality_ratio.clone(),
+        );
+        registry.register(
+            "result_cache_hit_ratio",
+            "Repeated requests answered from the result cache",
+            self.result_cache_hit_ratio.clone(),
         );
         registry.register("consensus_rounds", "Rounds of the protocol", self.consensus_rounds_total.clone());
         registry.register("phase_transitions", "Transitions between phases", self.phase_transitions_total.clone());

@@ -17,7 +17,7 @@ use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::log::{Change, Log};
 pub use super::log::{JournalError, TASK_ID_BYTES_MAX};
-pub use super::record::{Accepted, Open, Outcome, Record, Settled, TaskKind};
+pub use super::record::{Accepted, Open, Outcome, Record, RetryKey, Settled, TaskKind};
 use crate::items::RequestId;
 
 /// Calls that wait for the log at most; further ones wait to enter the queue.
@@ -86,8 +86,19 @@ impl Journal {
     /// # Errors
     /// When the request is known already, and when the log cannot be written.
     pub async fn accept(&self, accepted: Accepted) -> Result<(), JournalError> {
+        self.accept_with_key(accepted, None).await
+    }
+
+    /// Like [`accept`](Self::accept), with the key under which the request can be found again, in the same transaction. A
+    /// request that had this key before can be found under its other names only.
+    ///
+    /// # Errors
+    /// When the request is known already, and when the log cannot be written.
+    pub async fn accept_with_key(&self, accepted: Accepted, key: Option<RetryKey>) -> Result<(), JournalError> {
         let rd = accepted.rd;
-        let recorded = self.change(vec![Change::Accept(accepted)]).await?;
+        let mut changes = vec![Change::Accept(accepted)];
+        changes.extend(key.map(|key| Change::Key(rd, key)));
+        let recorded = self.change(changes).await?;
         if recorded.first() == Some(&true) { Ok(()) } else { Err(JournalError::Known(rd)) }
     }
 
@@ -140,6 +151,14 @@ impl Journal {
     /// When the log cannot be read.
     pub fn task(&self, client: &str, task_id: &str) -> Result<Option<Record>, JournalError> {
         self.log.task(client, task_id)
+    }
+
+    /// The latest request under a key, with the fingerprint that came with it. It reads the file: a short blocking call.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn keyed(&self, key: &[u8; 32]) -> Result<Option<([u8; 32], Record)>, JournalError> {
+        self.log.keyed(key)
     }
 
     /// The record of a request. It reads the file: a short blocking call.

@@ -18,7 +18,7 @@ use redb::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::record::{self, Accepted, Open, Record, Settled};
+use super::record::{self, Accepted, Open, Record, RetryKey, Settled};
 use crate::items::RequestId;
 
 /// Version of the layout below. A log of another version is refused.
@@ -35,6 +35,8 @@ const REQUESTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("requests
 const OUTCOMES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("outcomes");
 /// Open requests, with the number of times each was started.
 const OPEN: TableDefinition<'_, u64, u32> = TableDefinition::new("open");
+/// The latest request under a client's key for retries, and what else that key was used with.
+const KEYS: TableDefinition<'_, &[u8; 32], (u64, &[u8; 32])> = TableDefinition::new("keys");
 /// Evidence by its digest, so that the same piece is kept once.
 const EVIDENCE: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("evidence");
 
@@ -94,6 +96,8 @@ pub enum JournalError {
 pub(super) enum Change {
     /// A request was accepted.
     Accept(Accepted),
+    /// An accepted request may be asked for again under a key.
+    Key(RequestId, RetryKey),
     /// A request was settled.
     Settle(Settled),
     /// An open request is started once more.
@@ -109,7 +113,7 @@ impl Change {
             + match self {
                 Self::Accept(accepted) => accepted.size_bytes(),
                 Self::Settle(settled) => settled.outcome.size_bytes(),
-                Self::Restart(_) => 0,
+                Self::Restart(_) | Self::Key(..) => 0,
                 Self::Evidence(bytes) => bytes.len(),
             }
     }
@@ -191,6 +195,23 @@ impl Log {
         })
     }
 
+    /// The record of the latest request under a key, and the fingerprint that came with it.
+    pub(super) fn keyed(&self, key: &[u8; 32]) -> Result<Option<([u8; 32], Record)>, JournalError> {
+        let mut fingerprint = [0; 32];
+        let record = self.find(|transaction| {
+            let table = match transaction.open_table(KEYS) {
+                // A log that was begun before there were keys.
+                Err(TableError::TableDoesNotExist(_)) => return Ok(None),
+                table => table?,
+            };
+            let Some(entry) = table.get(key)? else { return Ok(None) };
+            let (sequence, found) = entry.value();
+            fingerprint = *found;
+            Ok(Some(sequence))
+        })?;
+        Ok(record.map(|record| (fingerprint, record)))
+    }
+
     /// Every request that was accepted and not settled, in the order of acceptance.
     pub(super) fn open_requests(&self) -> Result<Vec<Open>, JournalError> {
         self.read(|transaction| {
@@ -268,6 +289,7 @@ struct Tables<'t> {
     requests: redb::Table<'t, u64, &'static [u8]>,
     outcomes: redb::Table<'t, u64, &'static [u8]>,
     open: redb::Table<'t, u64, u32>,
+    keys: redb::Table<'t, &'static [u8; 32], (u64, &'static [u8; 32])>,
     evidence: redb::Table<'t, &'static [u8; 32], &'static [u8]>,
 }
 
@@ -279,6 +301,7 @@ impl<'t> Tables<'t> {
             requests: transaction.open_table(REQUESTS)?,
             outcomes: transaction.open_table(OUTCOMES)?,
             open: transaction.open_table(OPEN)?,
+            keys: transaction.open_table(KEYS)?,
             evidence: transaction.open_table(EVIDENCE)?,
         })
     }
@@ -286,6 +309,7 @@ impl<'t> Tables<'t> {
     fn apply(&mut self, change: &Change) -> Result<bool, Fault> {
         match change {
             Change::Accept(accepted) => self.accept(accepted),
+            Change::Key(rd, key) => self.key(rd, key),
             Change::Settle(settled) => self.settle(settled),
             Change::Restart(rd) => self.restart(rd),
             Change::Evidence(bytes) => {
@@ -305,6 +329,12 @@ impl<'t> Tables<'t> {
         self.tasks.insert((accepted.client.as_str(), accepted.task_id.as_str()), sequence)?;
         self.requests.insert(sequence, record::write_accepted(accepted).as_slice())?;
         self.open.insert(sequence, 1)?;
+        Ok(true)
+    }
+
+    fn key(&mut self, rd: &RequestId, key: &RetryKey) -> Result<bool, Fault> {
+        let Some(sequence) = self.sequence(rd)? else { return Ok(false) };
+        self.keys.insert(&key.key, (sequence, &key.fingerprint))?;
         Ok(true)
     }
 

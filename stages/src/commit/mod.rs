@@ -21,7 +21,9 @@ use butterfly_verify::{Answer, Receipt};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
-pub use journal::{Accepted, Journal, JournalError, Open, Outcome, Record, Settled, TASK_ID_BYTES_MAX, TaskKind};
+pub use journal::{
+    Accepted, Journal, JournalError, Open, Outcome, Record, RetryKey, Settled, TASK_ID_BYTES_MAX, TaskKind,
+};
 
 use crate::error::TaskError;
 use crate::ingest::{Completed, Failure, TaskResult};
@@ -117,7 +119,7 @@ impl CommitStage {
         match serde_json::to_vec(&receipt) {
             Ok(bytes) => {
                 let outcome = Outcome::Certified { receipt: bytes, answer: answer.encode() };
-                batch.end(rd, outcome, Ok(Arc::new(Completed { task_id, request, answer, receipt })));
+                batch.end(rd, outcome, Ok(Arc::new(Completed { task_id, request, answer, receipt, cached: false })));
             }
             Err(error) => {
                 let error = TaskError::Internal(format!("the receipt could not be written as JSON: {error}"));

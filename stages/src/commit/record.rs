@@ -53,6 +53,15 @@ impl Accepted {
     }
 }
 
+/// What a client may ask for a request again with.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct RetryKey {
+    /// Digest of the client and of the key it chose.
+    pub key: [u8; 32],
+    /// Digest of what was asked, so that a key used for something else is found out.
+    pub fingerprint: [u8; 32],
+}
+
 /// A request that was accepted and not settled.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Open {

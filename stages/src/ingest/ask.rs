@@ -47,6 +47,8 @@ pub(super) struct Ask {
     pub mode: Mode,
     /// How long the answer may take.
     pub deadline_ms: u64,
+    /// What makes the request another one than those like it, if the client says so.
+    pub nonce: Option<[u8; 32]>,
 }
 
 /// What a route lays down for its fields.
@@ -98,7 +100,7 @@ impl Ask {
         };
         let max_tokens = fields.integer("max_tokens", 1..=i64::from(u32::MAX))?;
         let own = take(&mut fields.butterfly).value("butterfly")?;
-        let (verify, deadline_ms) = own_options(own, fields.text("verify")?)?;
+        let Own { verify, deadline_ms, nonce } = own_options(own, fields.text("verify")?)?;
         Ok(Self {
             field,
             input,
@@ -107,7 +109,16 @@ impl Ask {
             seed: fields.integer("seed", i64::MIN..=i64::MAX)?,
             mode: mode(&verify, rules.mode)?,
             deadline_ms,
+            nonce,
         })
+    }
+
+    /// Whether nothing is left to chance, and the client wants no answer of its own.
+    #[must_use]
+    pub(super) fn has_one_answer(&self) -> bool {
+        let is_certain = matches!(self.input, AskInput::Vector(_)) || self.params.temperature == 0.0;
+        // Log-probabilities are no part of an answer that is kept.
+        self.nonce.is_none() && self.params.logprobs.is_none() && (is_certain || self.seed.is_some())
     }
 
     /// The request of `client` at `now_ms`. `tokens` are those of the text, where there is one.
@@ -205,22 +216,39 @@ fn take<T>(list: &mut List<T>) -> List<T> {
     std::mem::take(list)
 }
 
-fn own_options(own: Option<Options>, verify: Option<String>) -> Result<(Verify, u64), Failure> {
+/// The fields of `butterfly`.
+struct Own {
+    verify: Verify,
+    deadline_ms: u64,
+    nonce: Option<[u8; 32]>,
+}
+
+fn own_options(own: Option<Options>, verify: Option<String>) -> Result<Own, Failure> {
     let mut options = own.map_or_else(Default::default, |own| own.0);
     let deadline =
         fields::integer("butterfly.deadline_ms", options.remove("deadline_ms").as_ref(), 1..=EXPIRY_MS_MAX as i64)?;
     let inner = fields::text("butterfly.verify", options.remove("verify"))?;
+    let nonce = fields::text("butterfly.nonce", options.remove("nonce"))?.map(|text| {
+        let mut nonce = [0; 32];
+        hex::decode_to_slice(&text, &mut nonce)
+            .map(|()| nonce)
+            .map_err(|_| Failure::invalid_value("butterfly.nonce", "butterfly.nonce must be 64 hex digits"))
+    });
+    let nonce = nonce.transpose()?;
     // Of our own options none is ignored: a misspelt `verify` must not pass for verification.
     if let Some((name, _)) = options.iter().find(|(_, value)| **value != Setting::Null) {
         let name: String = name.chars().take(64).collect();
-        let message = format!("butterfly.{name} is not known; there are butterfly.verify and butterfly.deadline_ms");
+        let message = format!(
+            "butterfly.{name} is not known; there are butterfly.verify, butterfly.deadline_ms and butterfly.nonce"
+        );
         return Err(Failure::unsupported_parameter(format!("butterfly.{name}"), message));
     }
     let verify = match inner {
         Some(asked) => Verify { field: "butterfly.verify", asked: Some(asked) },
         None => Verify { field: "verify", asked: verify },
     };
-    Ok((verify, deadline.and_then(|ms| u64::try_from(ms).ok()).unwrap_or(EXPIRY_MS_MAX)))
+    let deadline_ms = deadline.and_then(|ms| u64::try_from(ms).ok()).unwrap_or(EXPIRY_MS_MAX);
+    Ok(Own { verify, deadline_ms, nonce })
 }
 
 fn mode(verify: &Verify, least: Mode) -> Result<Mode, Failure> {

@@ -21,13 +21,15 @@ use tokio::sync::{Notify, mpsc, watch};
 
 use super::errors::Failure;
 use super::reply::ReplySender;
-use crate::commit::{Journal, Outcome, Settled, TaskKind};
+use crate::commit::{Accepted, Journal, Outcome, Settled, TaskKind};
 use crate::error::{SchedulingError, TaskError};
 use crate::items::RequestId;
 use crate::model::Sampled;
 
 /// Tasks that live at most. The queues of the graph are full before this is reached.
 pub(super) const LIVING_MAX: usize = 262_144;
+/// Clients that wait for one task at most.
+const WAITING_FOR_ONE_MAX: usize = 64;
 /// Cancellations that wait to be sent; one more is dropped, and replicas let the request go when it expires.
 const CANCELLATIONS_WAITING_MAX: usize = 4096;
 
@@ -42,6 +44,22 @@ pub struct Completed {
     pub answer: Answer,
     /// The proof.
     pub receipt: Receipt,
+    /// Whether it answered another request before.
+    pub cached: bool,
+}
+
+impl Completed {
+    /// What the log has of a request that was certified; `None` when it cannot be read.
+    #[must_use]
+    pub(super) fn recall(accepted: &Accepted, receipt: &[u8], answer: &[u8]) -> Option<Self> {
+        Some(Self {
+            task_id: accepted.task_id.clone(),
+            request: Request::decode(&accepted.request).ok()?,
+            answer: Answer::decode(answer).ok()?,
+            receipt: serde_json::from_slice(receipt).ok()?,
+            cached: false,
+        })
+    }
 }
 
 /// How a task ended.
@@ -115,7 +133,9 @@ struct Task {
     kind: TaskKind,
     request: Request,
     attempt: u32,
-    sink: Option<ReplySender>,
+    sinks: Vec<ReplySender>,
+    /// Since when nobody waits who may come back.
+    left: Option<Duration>,
     permit: Option<Box<dyn Send>>,
     phase: Phase,
     opened: Duration,
@@ -180,7 +200,8 @@ impl Board {
             kind,
             request,
             attempt,
-            sink,
+            sinks: sink.into_iter().collect(),
+            left: None,
             permit: None,
             phase: Phase::Waiting,
             opened: now,
@@ -278,7 +299,7 @@ impl Board {
         let since = now.saturating_sub(if is_first { task.opened } else { task.moved });
         task.tokens += fresh;
         task.moved = now;
-        if let Some(sink) = &task.sink {
+        for sink in &task.sinks {
             sink.tokens(index, tokens);
         }
         let label = ModelLabel { model: task.request.model.clone() };
@@ -312,8 +333,8 @@ impl Board {
             let outcome = result.as_ref().map_or_else(|error| Failure::from(error).body.code, |_| "completed");
             Event::new("settled").request(rd).with("outcome", outcome)
         });
-        if let Some(sink) = task.sink.take() {
-            sink.end(result);
+        for sink in std::mem::take(&mut task.sinks) {
+            sink.end(result.clone());
         }
     }
 
@@ -334,19 +355,56 @@ impl Board {
         self.settle(rd, Err(error));
     }
 
+    /// One more client waits for a living task: it hears what comes from now on, and the whole answer at the end. False when
+    /// the task does not live.
+    ///
+    /// # Errors
+    /// When too many wait for this task.
+    pub fn join(&self, rd: &RequestId, sink: ReplySender) -> Result<bool, SchedulingError> {
+        let mut state = self.lock();
+        let Some(task) = state.tasks.get_mut(rd).filter(|task| task.lives()) else { return Ok(false) };
+        if task.sinks.len() >= WAITING_FOR_ONE_MAX {
+            return Err(SchedulingError::QueueFull { limit: WAITING_FOR_ONE_MAX, retry_after: Duration::from_secs(1) });
+        }
+        task.sinks.push(sink);
+        task.left = None;
+        Ok(true)
+    }
+
+    /// A client that may come back has gone away. Where nobody else waits, the task is [`deserted`](Self::deserted) after
+    /// a while.
+    pub fn part(&self, rd: &RequestId) {
+        let now = self.clock.now();
+        let mut state = self.lock();
+        let Some(task) = state.tasks.get_mut(rd).filter(|task| task.lives()) else { return };
+        task.sinks.retain(ReplySender::is_heard);
+        if task.sinks.is_empty() {
+            task.left = Some(now);
+        }
+    }
+
+    /// Living tasks whose clients have gone away for so long that they are not expected back.
+    #[must_use]
+    pub fn deserted(&self, patience: Duration) -> Vec<RequestId> {
+        let now = self.clock.now();
+        let is_deserted =
+            |task: &Task| task.lives() && task.left.is_some_and(|left| now.saturating_sub(left) >= patience);
+        self.lock().tasks.iter().filter(|(_, task)| is_deserted(task)).map(|(rd, _)| *rd).collect()
+    }
+
     /// The client has gone away: the task is dead at once. Its end is written by [`Board::bury`].
     pub fn cancel(&self, rd: &RequestId) {
         let mut state = self.lock();
         let Some(task) = state.tasks.get_mut(rd).filter(|task| task.lives()) else { return };
         let was = std::mem::replace(&mut task.phase, Phase::Abandoned);
-        let (sink, permit) = (task.sink.take(), task.permit.take());
+        let (sinks, permit) = (std::mem::take(&mut task.sinks), task.permit.take());
         let name = task.name();
         state.names.remove(&name);
         state.abandoned.push(*rd);
         drop(state);
         self.leave(was);
         drop(permit);
-        if let Some(sink) = sink {
+        for sink in sinks {
             sink.end(Err(TaskError::Cancelled));
         }
         if was == Phase::Running {

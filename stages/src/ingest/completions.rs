@@ -14,10 +14,11 @@ use super::ask::{self, Ask, Rules};
 use super::board::Completed;
 use super::errors::Failure;
 use super::fields::{self, Fields};
+use super::gate::{Caller, Client};
 use super::gateway::{Admitted, Submission};
 use super::logprobs::LogProbForms;
 use super::render::{Choice, Completion, Proof, Usage, finish_reason};
-use super::routes::{Client, Front};
+use super::routes::Front;
 use super::stream::{self, StreamOptions};
 use crate::commit::TaskKind;
 use crate::error::TaskError;
@@ -50,7 +51,7 @@ pub(super) async fn submit(
     whole(&front, &*end?, &sampled, wishes.options.return_token_ids)
 }
 
-async fn admit(front: &Front, client: String, request: Request) -> Result<(Wishes, Admitted), Failure> {
+async fn admit(front: &Front, client: Caller, request: Request) -> Result<(Wishes, Admitted), Failure> {
     let version = request.version();
     let (body, mut fields) = front.fields(request).await?;
     front.check_model(&mut fields)?;
@@ -102,7 +103,7 @@ fn whole(
     let Answer::Text { tokens, text, finish, .. } = &completed.answer else {
         return Err(TaskError::Numeric.into());
     };
-    let proof = Proof::new(&completed.receipt, &front.gateway.services.epoch);
+    let proof = Proof::of(completed, &front.gateway.services.epoch);
     let text = String::from_utf8_lossy(text);
     let choice = Choice {
         logprobs: LogProbForms::new(front.gateway.services.model.tokenizer(), 0).listed(sampled),

@@ -133,6 +133,30 @@ impl Failure {
         Self::new(StatusCode::UNAUTHORIZED, "invalid_api_key", message).with(Extra::Authenticate)
     }
 
+    /// A key for retries was used for another request.
+    pub fn idempotency_key_reused() -> Self {
+        let message = "this Idempotency-Key came with another request before; use a new key for a new request";
+        Self::new(StatusCode::UNPROCESSABLE_ENTITY, "idempotency_key_reused", message).about("idempotency-key")
+    }
+
+    /// A page that is not known asks where no API key is needed.
+    pub fn foreign_origin() -> Self {
+        let message = "pages of this origin may not ask; name it in `cors_origins` of the ingest stage";
+        Self::new(StatusCode::FORBIDDEN, "forbidden", message)
+    }
+
+    /// Path and query are too long.
+    pub fn uri_too_long(bytes_max: usize) -> Self {
+        let message = format!("the path is longer than the {bytes_max} bytes that this node takes");
+        Self::new(StatusCode::URI_TOO_LONG, "uri_too_long", message)
+    }
+
+    /// The headers are too many or too long.
+    pub fn headers_too_large(count_max: usize, bytes_max: usize) -> Self {
+        let message = format!("this node takes at most {count_max} headers of {bytes_max} bytes together");
+        Self::new(StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE, "headers_too_large", message)
+    }
+
     /// No such route.
     pub fn no_route(path: &str) -> Self {
         Self::new(StatusCode::NOT_FOUND, "not_found", format!("there is no route {path}"))
@@ -199,6 +223,24 @@ impl Failure {
     pub fn loading(pending: &str) -> Self {
         let message = format!("this node is starting; stages that are not ready: {pending}");
         Self::new(StatusCode::SERVICE_UNAVAILABLE, "model_loading", message).after(RETRY_LATER)
+    }
+
+    /// The failure that the log keeps in this form, if asking again would not end better.
+    #[must_use]
+    pub(super) fn recall(json: &[u8]) -> Option<Self> {
+        #[derive(serde::Deserialize)]
+        struct Kept {
+            message: String,
+            code: String,
+        }
+        let Kept { message, code } = serde_json::from_slice(json).ok()?;
+        let (status, code) = match code.as_str() {
+            "verification_failed" => (StatusCode::BAD_GATEWAY, "verification_failed"),
+            "deadline_exceeded" => (StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded"),
+            "internal_error" => (StatusCode::INTERNAL_SERVER_ERROR, "internal_error"),
+            _ => return None,
+        };
+        Some(Self::new(status, code, message).never())
     }
 
     /// The inner object of the JSON form, as it is kept in the log.
@@ -354,6 +396,24 @@ mod tests {
         assert_eq!(after(Duration::ZERO), "1");
         assert_eq!(after(Duration::from_millis(1001)), "2");
         assert_eq!(after(Duration::from_secs(999)), "120");
+    }
+
+    #[test]
+    fn what_is_kept_of_a_failure_comes_back_only_where_asking_again_does_not_help() {
+        for error in [
+            CoordinationError::ByzantineViolation { slice: 0 }.into(),
+            TaskError::DeadlineExceeded(Duration::from_secs(1)),
+            TaskError::Internal("x".into()),
+        ] {
+            let failure = Failure::from(&error);
+            assert_eq!(Failure::recall(&failure.to_json()), Some(failure));
+        }
+        for error in
+            [TaskError::Cancelled, TaskError::Draining, CoordinationError::InsufficientNodes { slice: 0 }.into()]
+        {
+            assert_eq!(Failure::recall(&Failure::from(&error).to_json()), None, "{error}");
+        }
+        assert_eq!(Failure::recall(b"{"), None);
     }
 
     #[test]

@@ -58,7 +58,7 @@ pub(super) fn completed(request: &Request) -> TaskResult {
         answer_root: answer.root(),
         slices: Vec::new(),
     };
-    Ok(Arc::new(Completed { task_id: "task".to_owned(), request: request.clone(), answer, receipt }))
+    Ok(Arc::new(Completed { task_id: "task".to_owned(), request: request.clone(), answer, receipt, cached: false }))
 }
 
 impl Fixture {

@@ -15,14 +15,17 @@ use std::time::Duration;
 use butterfly_engine::channel::{Item, Permit, ReserveError, Sender};
 use butterfly_engine::shutdown::Shutdown;
 use butterfly_engine::stage::Readiness;
-use butterfly_verify::{Mode, Request};
+use butterfly_verify::{Digest, Mode, Request};
 use tokio::sync::Semaphore;
 
 use super::ask::{Ask, AskInput, cluster_mode};
-use super::board::{Board, NewTask, TaskResult};
+use super::board::{Board, Completed, NewTask, TaskResult};
+use super::cache::ResultCache;
 use super::errors::Failure;
+use super::gate::Caller;
 use super::reply::{Reply, ReplyReceiver, reply};
-use crate::commit::{Accepted, TaskKind};
+use super::retry::{KEPT, Turns};
+use crate::commit::{Accepted, Journal, JournalError, Outcome, Record, RetryKey, TaskKind};
 use crate::error::{SchedulingError, TaskError};
 use crate::items::{self, RequestId};
 use crate::model::Sampled;
@@ -48,12 +51,14 @@ pub(super) struct Gateway {
     queue_max: usize,
     text_bytes_max: usize,
     tokenising: Arc<Semaphore>,
+    turns: Turns,
+    cache: Arc<ResultCache>,
 }
 
 /// What a client asks, and how it is told.
 pub(super) struct Submission {
     /// Who asks.
-    pub client: String,
+    pub client: Caller,
     /// The route it came by.
     pub kind: TaskKind,
     /// The client's name for it.
@@ -77,23 +82,43 @@ pub(super) struct Admitted {
 
 /// What a client waits for.
 pub(super) struct Awaited {
+    // Before the other, so that it is not heard any more when the board is told.
     receiver: ReplyReceiver,
-    _waiting: Waiting,
+    _waiting: Option<Waiting>,
+    /// Where the answer is kept.
+    keep: Option<(Arc<ResultCache>, Digest)>,
 }
 
 impl Awaited {
     pub(super) fn new(receiver: ReplyReceiver, waiting: Waiting) -> Self {
-        Self { receiver, _waiting: waiting }
+        Self { receiver, _waiting: Some(waiting), keep: None }
+    }
+
+    /// An answer that is there.
+    fn ended(completed: Arc<Completed>) -> Self {
+        let (sender, receiver) = reply(0);
+        sender.end(Ok(completed));
+        Self { receiver, _waiting: None, keep: None }
     }
 
     /// What comes next. Safe to cancel.
     pub(super) async fn next(&mut self) -> Reply {
-        self.receiver.next().await
+        let reply = self.receiver.next().await;
+        if let Reply::End(Ok(completed)) = &reply
+            && let Some((cache, key)) = self.keep.take()
+        {
+            cache.keep(key, completed);
+        }
+        reply
     }
 
     /// The end, passing over tokens. Safe to cancel.
     pub(super) async fn end(mut self) -> TaskResult {
-        self.receiver.end().await
+        loop {
+            if let Reply::End(result) = self.next().await {
+                return result;
+            }
+        }
     }
 
     /// Every token that came, and the end. Safe to cancel.
@@ -108,15 +133,16 @@ impl Awaited {
     }
 }
 
-/// Cancels its task when it is dropped before the task has ended.
+/// Cancels its task when it is dropped before the task has ended; one whose client may come back, after a while.
 pub(super) struct Waiting {
     board: Arc<Board>,
     rd: Option<RequestId>,
+    may_return: bool,
 }
 
 impl Waiting {
     pub(super) fn new(board: Arc<Board>, rd: RequestId) -> Self {
-        Self { board, rd: Some(rd) }
+        Self { board, rd: Some(rd), may_return: false }
     }
 
     /// Lets the task live on without its client.
@@ -127,18 +153,21 @@ impl Waiting {
 
 impl Drop for Waiting {
     fn drop(&mut self) {
-        if let Some(rd) = self.rd {
+        match self.rd {
+            Some(rd) if self.may_return => self.board.part(&rd),
             // A task that has ended is not on the board any more.
-            self.board.cancel(&rd);
+            Some(rd) => self.board.cancel(&rd),
+            None => {}
         }
     }
 }
 
 impl Gateway {
-    /// A gateway that sends into `output`.
+    /// A gateway that sends into `output` and keeps `cache_bytes` of answers.
     #[must_use]
     pub(super) fn new(
         services: Services,
+        cache_bytes: u64,
         output: Sender<items::Request>,
         readiness: Readiness,
         shutdown: Shutdown,
@@ -151,7 +180,10 @@ impl Gateway {
         let text_bytes_max = text_bytes_max(&services);
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let tokenising = Arc::new(Semaphore::new(threads));
-        Self { services, readiness, shutdown, mode, output, queue_max, text_bytes_max, tokenising }
+        let ratio = services.telemetry.metrics().result_cache_hit_ratio.clone();
+        let cache = Arc::new(ResultCache::new(cache_bytes, ratio));
+        let turns = Turns::new();
+        Self { services, readiness, shutdown, mode, output, queue_max, text_bytes_max, tokenising, turns, cache }
     }
 
     /// Whether requests are taken at all now.
@@ -177,17 +209,39 @@ impl Gateway {
         self.reserve(0).map(drop)
     }
 
-    /// Admits what is asked.
+    /// Admits what is asked, or finds what was admitted under the same key before.
     ///
     /// Safe to cancel: a task that is not admitted to its end is cancelled, and nothing of it is handed on.
     ///
     /// # Errors
     /// When the request cannot be served, when there is no room, when a living task has its id, and when the journal
-    /// cannot be written.
+    /// cannot be written. Under a key also the failure that it led to before, and that it was used for another request.
     pub(super) async fn submit(&self, submission: Submission) -> Result<Admitted, Failure> {
         self.check_open()?;
-        let Submission { client, kind, task_id, ask, wait } = submission;
+        let Some(retry) = submission.client.retry.clone() else { return self.admit(submission, None).await };
+        if submission.ask.params.logprobs.is_some() {
+            let message = "log-probabilities are not in the log, so a retry could not have them: leave out either \
+                           logprobs or the Idempotency-Key";
+            return Err(Failure::unsupported_parameter("logprobs", message));
+        }
+        let key = retry.next();
+        let _turn = self.turns.of(&key).await;
+        if let Some(admitted) = self.earlier(&key, submission.wait).await.inspect_err(|_| retry.set_replayed())? {
+            retry.set_replayed();
+            return Ok(admitted);
+        }
+        self.admit(submission, Some(key)).await
+    }
+
+    async fn admit(&self, submission: Submission, key: Option<RetryKey>) -> Result<Admitted, Failure> {
+        let Submission { client: Caller { name: client, .. }, kind, task_id, ask, wait } = submission;
+        let may_repeat = wait && task_id.is_none() && key.is_none() && ask.has_one_answer();
         let request = self.resolve(ask, &client).await?;
+        let cache_key = if may_repeat { self.cache.key(&request) } else { None };
+        if let Some(completed) = cache_key.and_then(|key| self.cache.get(&key)) {
+            let (task_id, request) = (completed.task_id.clone(), completed.request.clone());
+            return Ok(Admitted { task_id, request, reply: Some(Awaited::ended(completed)) });
+        }
         let rd = request.digest();
         let item = items::Request { rd, body: request.clone() };
         let permit = self.reserve(item.size_bytes())?;
@@ -195,9 +249,8 @@ impl Gateway {
             TaskKind::Completion => format!("cmpl-{rd}"),
             TaskKind::Inference => rd.to_string(),
         });
-        let tokens_max = usize::try_from(request.params.max_tokens).unwrap_or(usize::MAX);
         let (sink, reply) = if wait {
-            let (sink, reply) = reply(tokens_max);
+            let (sink, reply) = reply(tokens_max(&request));
             (Some(sink), Some(reply))
         } else {
             (None, None)
@@ -205,7 +258,7 @@ impl Gateway {
         let task = NewTask { task_id: task_id.clone(), kind, request: request.clone(), attempt: 1, sink };
         self.services.board.open(task)?;
         // From here on a client that goes away cancels the task.
-        let guard = Waiting::new(Arc::clone(&self.services.board), rd);
+        let mut guard = Waiting::new(Arc::clone(&self.services.board), rd);
         let accepted = Accepted {
             rd,
             kind,
@@ -214,7 +267,7 @@ impl Gateway {
             task_id: task_id.clone(),
             request: request.encode(),
         };
-        if let Err(error) = self.services.journal.accept(accepted).await {
+        if let Err(error) = self.services.journal.accept_with_key(accepted, key).await {
             self.services.board.withdraw(&rd);
             tracing::error!(%rd, %error, "a request could not be made durable");
             return Err(TaskError::Internal("the request could not be written to the log".to_owned()).into());
@@ -223,14 +276,91 @@ impl Gateway {
             self.services.board.fail(&rd, TaskError::Draining).await;
             return Err(TaskError::Draining.into());
         }
+        guard.may_return = key.is_some();
         let reply = match reply {
-            Some(receiver) => Some(Awaited::new(receiver, guard)),
+            Some(receiver) => {
+                let keep = cache_key.map(|key| (Arc::clone(&self.cache), key));
+                Some(Awaited { keep, ..Awaited::new(receiver, guard) })
+            }
             None => {
                 guard.forget();
                 None
             }
         };
         Ok(Admitted { task_id, request, reply })
+    }
+
+    /// What was admitted under a key, if it lives or has ended in a way that asking again does not better.
+    async fn earlier(&self, key: &RetryKey, wait: bool) -> Result<Option<Admitted>, Failure> {
+        // What ends between the log and the board is found in the log the second time.
+        for _ in 0..2 {
+            let key_bytes = key.key;
+            let Some((fingerprint, record)) = self.read(move |journal| journal.keyed(&key_bytes)).await? else {
+                return Ok(None);
+            };
+            let Record { accepted, outcome } = record;
+            let kept_ms = u64::try_from(KEPT.as_millis()).unwrap_or(u64::MAX);
+            if self.services.clock.unix_ms().saturating_sub(accepted.accepted_ms) >= kept_ms {
+                return Ok(None);
+            }
+            if fingerprint != key.fingerprint {
+                return Err(Failure::idempotency_key_reused());
+            }
+            let damaged = || Failure::from(TaskError::Internal("a record of the log cannot be read".to_owned()));
+            match outcome {
+                None => {
+                    let request = Request::decode(&accepted.request).map_err(|_| damaged())?;
+                    let rd = accepted.rd;
+                    let Accepted { task_id, .. } = accepted;
+                    if !wait && self.services.board.is_living(&rd) {
+                        return Ok(Some(Admitted { task_id, request, reply: None }));
+                    }
+                    let (sink, receiver) = reply(tokens_max(&request));
+                    if wait && self.services.board.join(&rd, sink)? {
+                        let mut guard = Waiting::new(Arc::clone(&self.services.board), rd);
+                        guard.may_return = true;
+                        return Ok(Some(Admitted { task_id, request, reply: Some(Awaited::new(receiver, guard)) }));
+                    }
+                }
+                Some(Outcome::Failed { error }) => match Failure::recall(&error) {
+                    Some(failure) if wait => return Err(failure),
+                    Some(_) => {
+                        let request = Request::decode(&accepted.request).map_err(|_| damaged())?;
+                        return Ok(Some(Admitted { task_id: accepted.task_id, request, reply: None }));
+                    }
+                    None => return Ok(None),
+                },
+                Some(Outcome::Certified { receipt, answer }) => {
+                    let completed = Completed::recall(&accepted, &receipt, &answer).ok_or_else(damaged)?;
+                    let (task_id, request) = (completed.task_id.clone(), completed.request.clone());
+                    let reply = wait.then(|| Awaited::ended(Arc::new(completed)));
+                    return Ok(Some(Admitted { task_id, request, reply }));
+                }
+            }
+        }
+        // It is on its way off the board, and not with an answer.
+        Ok(None)
+    }
+
+    /// Reads the log on a thread that may wait for the disk.
+    ///
+    /// # Errors
+    /// When it cannot be read.
+    pub(super) async fn read<T: Send + 'static>(
+        &self,
+        reader: impl FnOnce(&Journal) -> Result<T, JournalError> + Send + 'static,
+    ) -> Result<T, Failure> {
+        let journal = Arc::clone(&self.services.journal);
+        let read = tokio::task::spawn_blocking(move || reader(&journal)).await;
+        let failed = || Failure::from(TaskError::Internal("the log cannot be read".to_owned()));
+        match read {
+            Ok(Ok(value)) => Ok(value),
+            Ok(Err(error)) => {
+                tracing::error!(%error, "the log cannot be read");
+                Err(failed())
+            }
+            Err(_) => Err(failed()),
+        }
     }
 
     /// Hands on a request that is on the board already, waiting for room. Returns false when the graph takes no more.
@@ -269,9 +399,11 @@ impl Gateway {
             AskInput::Text(text) => Some(self.tokenise(ask.field, text).await?),
             AskInput::Tokens(_) | AskInput::Vector(_) => None,
         };
-        let mut nonce = [0; 32];
-        getrandom::fill(&mut nonce)
-            .map_err(|error| TaskError::Internal(format!("the system gives no random bytes: {error}")))?;
+        let mut nonce = ask.nonce.unwrap_or_default();
+        if ask.nonce.is_none() {
+            getrandom::fill(&mut nonce)
+                .map_err(|error| TaskError::Internal(format!("the system gives no random bytes: {error}")))?;
+        }
         let now_ms = self.services.clock.unix_ms();
         ask.resolve(client, now_ms, nonce, tokens, self.services.model.manifest(), &self.services.epoch)
     }
@@ -301,6 +433,11 @@ impl Gateway {
         };
         encoded.map_err(|error| Failure::invalid_value(field, error.to_string()))
     }
+}
+
+/// Tokens that may come back.
+fn tokens_max(request: &Request) -> usize {
+    usize::try_from(request.params.max_tokens).unwrap_or(usize::MAX)
 }
 
 /// Longer texts have more tokens than the model takes, so they need not be tokenised to know.

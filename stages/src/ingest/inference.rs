@@ -16,9 +16,10 @@ use butterfly_verify::Answer;
 use super::ask::{self, Ask, AskInput, Rules};
 use super::errors::Failure;
 use super::fields::{Fields, Prompt, Setting};
+use super::gate::{Caller, Client};
 use super::gateway::{Admitted, Submission};
 use super::render::{Proof, Task};
-use super::routes::{Client, Front};
+use super::routes::Front;
 use crate::commit::TaskKind;
 use crate::error::TaskError;
 
@@ -36,7 +37,7 @@ pub(super) async fn submit(
     if matches!(completed.answer, Answer::Numeric { .. }) {
         return Err(TaskError::Numeric.into());
     }
-    let proof = Proof::new(&completed.receipt, &front.gateway.services.epoch);
+    let proof = Proof::of(&completed, &front.gateway.services.epoch);
     let mut task = Task::answered(&task_id, &completed.request.model, &completed.answer, proof);
     if !with_tokens {
         task.token_ids = None;
@@ -44,7 +45,7 @@ pub(super) async fn submit(
     Ok(Json(task).into_response())
 }
 
-async fn admit(front: &Front, client: String, request: Request) -> Result<(bool, Admitted), Failure> {
+async fn admit(front: &Front, client: Caller, request: Request) -> Result<(bool, Admitted), Failure> {
     let (body, mut fields) = front.fields(request).await?;
     front.check_model(&mut fields)?;
     fields.refuse("stream", Setting::Flag(false))?;

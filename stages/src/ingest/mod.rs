@@ -7,9 +7,11 @@
 //! | --- | --- |
 //! | living tasks, their ends, and who waits for them | `board`, `reply` |
 //! | admission: valid, room reserved, on the board, durable, handed on | `gateway` |
+//! | what was asked before: retries under a key, repeats | `retry`, `cache` |
 //! | what a body may say, and what it comes to | `fields`, `ask` |
-//! | connections, bodies, rates, keys | `server`, `body`, `rate`, `settings` |
+//! | connections, bodies, rates, keys, pages | `server`, `gate`, `body`, `rate`, `settings`, `cors` |
 //! | routes and what they answer | `routes`, `inference`, `completions`, `stream`, `records`, `health` |
+//! | the document of routes and forms | `openapi` |
 //! | failures and their statuses | `errors` |
 //!
 //! Invariants: nothing leaves this stage that is not a valid request; an acknowledged request is in the journal; no HTTP
@@ -20,19 +22,24 @@
 mod ask;
 mod board;
 mod body;
+mod cache;
 mod completions;
+mod cors;
 mod errors;
 mod fields;
 #[cfg(test)]
 mod fixture;
+mod gate;
 mod gateway;
 mod health;
 mod inference;
 mod logprobs;
+mod openapi;
 mod rate;
 mod records;
 mod render;
 mod reply;
+mod retry;
 mod routes;
 mod server;
 mod settings;
@@ -96,6 +103,7 @@ impl IngestStage {
         let Self { settings, output, services } = *self;
         let settings = settings?;
         let (request_timeout, connections_max) = (settings.request_timeout, settings.connections_max);
+        let cache_bytes = settings.cache_bytes;
         let board = Arc::clone(&services.board);
         context.telemetry.metrics().declare_model(&services.model.manifest().name, &TaskKind::LABELS);
         // Tasks that a crash left open keep their ids, so they are on the board before anyone can ask for one.
@@ -104,7 +112,7 @@ impl IngestStage {
         let listener = listener.and_then(|listener| Ok((listener.local_addr()?, listener)));
         let doing = format!("listen on {}", settings.bind_address);
         let (address, listener) = listener.map_err(|error| StageError::environment(doing, error))?;
-        let gateway = Gateway::new(services, output, context.readiness.clone(), context.shutdown.clone());
+        let gateway = Gateway::new(services, cache_bytes, output, context.readiness.clone(), context.shutdown.clone());
         let front = Arc::new(Front::new(gateway, settings));
         let mut server = Server::new(listener, router(Arc::clone(&front)), connections_max, Arc::clone(&context.clock));
         let hold = context.shutdown.hold("requests in flight");
@@ -242,6 +250,7 @@ async fn care(gateway: &Gateway, request_timeout: Duration) -> StageError {
                 services.board.fail(&rd, TaskError::DeadlineExceeded(had)).await;
             }))
             .await;
+            services.board.deserted(retry::PATIENCE).iter().for_each(|rd| services.board.cancel(rd));
         }
     };
     let bury = async {

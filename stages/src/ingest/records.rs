@@ -16,10 +16,12 @@ use butterfly_verify::{Answer, Digest, Epoch, Evidence, Receipt, Request};
 use serde::Serialize;
 use sha2::{Digest as _, Sha256};
 
+use super::board::Completed;
 use super::errors::Failure;
+use super::gate::Client;
 use super::render::{Proof, Task};
-use super::routes::{Client, Front};
-use crate::commit::{Journal, JournalError, Outcome, Record};
+use super::routes::Front;
+use crate::commit::{Outcome, Record};
 use crate::error::TaskError;
 
 /// What precedes a request's digest in the id of a completion.
@@ -46,12 +48,12 @@ pub(super) async fn task(
     id: Result<Path<String>, PathRejection>,
 ) -> Result<Response, Failure> {
     let id = path(id)?;
-    if let Some(status) = front.gateway.services.board.status(&client, &id) {
+    if let Some(status) = front.gateway.services.board.status(&client.name, &id) {
         let mut task = Task::new(&status.task_id, if status.is_running { "running" } else { "queued" });
         task.tokens = Some(status.tokens).filter(|tokens| *tokens > 0);
         return Ok(Json(task).into_response());
     }
-    let record = find(&front, client, id.clone()).await?.ok_or_else(|| Failure::task_not_found(&id))?;
+    let record = find(&front, client.name, id.clone()).await?.ok_or_else(|| Failure::task_not_found(&id))?;
     show(&front, &record)
 }
 
@@ -63,10 +65,10 @@ pub(super) async fn cancel(
 ) -> Result<Response, Failure> {
     let id = path(id)?;
     let board = &front.gateway.services.board;
-    if let Some(status) = board.status(&client, &id) {
+    if let Some(status) = board.status(&client.name, &id) {
         board.fail(&status.rd, TaskError::Cancelled).await;
     }
-    let record = find(&front, client, id.clone()).await?.ok_or_else(|| Failure::task_not_found(&id))?;
+    let record = find(&front, client.name, id.clone()).await?.ok_or_else(|| Failure::task_not_found(&id))?;
     show(&front, &record)
 }
 
@@ -78,7 +80,7 @@ pub(super) async fn receipt(
 ) -> Result<Response, Failure> {
     let id = path(id)?;
     let rd: Digest = id.parse().map_err(|_| Failure::receipt_not_found(&id))?;
-    let record = read(&front, move |journal| journal.record(&rd)).await?;
+    let record = front.gateway.read(move |journal| journal.record(&rd)).await?;
     let Some(Outcome::Certified { receipt, .. }) = record.and_then(|record| record.outcome) else {
         return Err(Failure::receipt_not_found(&id));
     };
@@ -109,7 +111,7 @@ struct Kept {
 
 /// `GET /v1/evidence`: what this node holds against others, for anyone to check.
 pub(super) async fn evidence(State(front): State<Arc<Front>>) -> Result<Response, Failure> {
-    let kept = read(&front, |journal| journal.kept_evidence(EVIDENCE_SHOWN_MAX)).await?;
+    let kept = front.gateway.read(|journal| journal.kept_evidence(EVIDENCE_SHOWN_MAX)).await?;
     // What was written by another version is left out.
     let data = kept.iter().filter_map(|bytes| serde_json::from_slice(bytes).ok()).collect();
     Ok(Json(Kept { object: "list", data }).into_response())
@@ -200,9 +202,8 @@ fn show(front: &Front, record: &Record) -> Result<Response, Failure> {
         Some(Outcome::Certified { receipt, answer }) => (receipt, answer),
     };
     let damaged = || Failure::from(TaskError::Internal("a record of the log cannot be read".to_owned()));
-    let request = Request::decode(&record.accepted.request).map_err(|_| damaged())?;
-    let answer = Answer::decode(answer).map_err(|_| damaged())?;
-    let receipt: Receipt = serde_json::from_slice(receipt).map_err(|_| damaged())?;
+    let completed = Completed::recall(&record.accepted, receipt, answer).ok_or_else(damaged)?;
+    let Completed { request, answer, receipt, .. } = completed;
     let epoch = &front.gateway.services.epoch;
     let mut task = Task::answered(task_id, &request.model, &answer, Proof::new(&receipt, epoch));
     if matches!(answer, Answer::Numeric { .. }) {
@@ -214,32 +215,16 @@ fn show(front: &Front, record: &Record) -> Result<Response, Failure> {
 
 /// The record of a client under any of the names that it may know.
 async fn find(front: &Front, client: String, id: String) -> Result<Option<Record>, Failure> {
-    read(front, move |journal| {
-        if let Some(record) = journal.task(&client, &id)? {
-            return Ok(Some(record));
-        }
-        let Ok(rd) = id.strip_prefix(COMPLETION_PREFIX).unwrap_or(&id).parse::<Digest>() else { return Ok(None) };
-        Ok(journal.record(&rd)?.filter(|record| record.accepted.client == client))
-    })
-    .await
-}
-
-/// Reads the log on a thread that may wait for the disk.
-async fn read<T: Send + 'static>(
-    front: &Front,
-    reader: impl FnOnce(&Journal) -> Result<T, JournalError> + Send + 'static,
-) -> Result<T, Failure> {
-    let journal = Arc::clone(&front.gateway.services.journal);
-    let read = tokio::task::spawn_blocking(move || reader(&journal)).await;
-    let failed = || Failure::from(TaskError::Internal("the log cannot be read".to_owned()));
-    match read {
-        Ok(Ok(value)) => Ok(value),
-        Ok(Err(error)) => {
-            tracing::error!(%error, "the log cannot be read");
-            Err(failed())
-        }
-        Err(_) => Err(failed()),
-    }
+    front
+        .gateway
+        .read(move |journal| {
+            if let Some(record) = journal.task(&client, &id)? {
+                return Ok(Some(record));
+            }
+            let Ok(rd) = id.strip_prefix(COMPLETION_PREFIX).unwrap_or(&id).parse::<Digest>() else { return Ok(None) };
+            Ok(journal.record(&rd)?.filter(|record| record.accepted.client == client))
+        })
+        .await
 }
 
 fn path(id: Result<Path<String>, PathRejection>) -> Result<String, Failure> {

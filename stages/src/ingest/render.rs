@@ -7,6 +7,7 @@
 use butterfly_verify::{Answer, Epoch, Finish, Mode, Receipt, Request};
 use serde::Serialize;
 
+use super::board::Completed;
 use super::logprobs::Listed;
 
 /// What backs an answer: the `butterfly` object of a response.
@@ -18,6 +19,9 @@ pub(super) struct Proof {
     pub verification: Verification,
     /// For each slice, the nodes whose votes are in the receipt.
     pub replicas: Vec<Voters>,
+    /// Whether the answer was given to the same question before, and is given again.
+    #[serde(skip_serializing_if = "std::ops::Not::not")]
+    pub cached: bool,
 }
 
 /// What a receipt shows.
@@ -43,6 +47,12 @@ pub(super) struct Voters {
 }
 
 impl Proof {
+    /// Of an answer of this epoch.
+    #[must_use]
+    pub(super) fn of(completed: &Completed, epoch: &Epoch) -> Self {
+        Self { cached: completed.cached, ..Self::new(&completed.receipt, epoch) }
+    }
+
     /// Of a receipt of this epoch.
     #[must_use]
     pub(super) fn new(receipt: &Receipt, epoch: &Epoch) -> Self {
@@ -64,6 +74,7 @@ impl Proof {
                 max_byzantine: if is_verified { epoch.parts().max_byzantine } else { 0 },
             },
             replicas: receipt.slices.iter().enumerate().map(voters).collect(),
+            cached: false,
         }
     }
 }

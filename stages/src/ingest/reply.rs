@@ -70,6 +70,12 @@ impl ReplySender {
         self.0.wake.notify_one();
     }
 
+    /// Whether anyone still waits.
+    #[must_use]
+    pub fn is_heard(&self) -> bool {
+        Arc::strong_count(&self.0) > 1
+    }
+
     /// Tells the end.
     pub fn end(self, result: TaskResult) {
         self.0.end(result);

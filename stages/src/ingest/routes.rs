@@ -1,36 +1,31 @@
 //! The routes of the public listener: what is read from a request before anything is asked, and what is answered.
 //!
-//! Every request passes one gate: it gets an id, its client is known by key or address, and its rate is counted. Every answer
-//! that is a failure has the same form, also where there is no route.
+//! Every request passes the [`gate`] first. Every answer that is a failure has the same form, also where there is no route.
 //!
 //! It refuses to know how answers come about.
 
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::header::{AUTHORIZATION, HeaderName};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::handler::Handler;
+use axum::http::{HeaderMap, HeaderValue};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Response};
-use axum::routing::{delete, get, post};
+use axum::routing::{MethodRouter, delete, get, post};
 use butterfly_engine::telemetry::{TaskLabels, TaskStatus, TextFormat};
 
 use super::body::{BodyReader, ReadBody};
 use super::errors::Failure;
 use super::fields::Fields;
 use super::gateway::Gateway;
-use super::rate::{RateKey, Rates};
+use super::rate::Rates;
 use super::settings::Settings;
-use super::{completions, health, inference, records};
+use super::{completions, gate, health, inference, openapi, records};
 use crate::commit::TaskKind;
 
-const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
-/// Longest request id taken from a client.
-const REQUEST_ID_BYTES_MAX: usize = 128;
 /// Bodies up to this size are read before it is known whether there is room.
 const SMALL_BODY_BYTES: u64 = 64 << 10;
 
@@ -40,21 +35,16 @@ pub(super) struct Front {
     pub gateway: Gateway,
     /// When the stage started, in seconds since 1970.
     pub started_s: u64,
-    settings: Settings,
-    bodies: BodyReader,
-    rates: Option<Rates>,
+    /// What the topology file says about the listener.
+    pub settings: Settings,
+    /// Reads bodies within limits.
+    pub bodies: BodyReader,
+    /// How many requests each client may send.
+    pub rates: Option<Rates>,
     /// Request ids are this and a count.
     id_prefix: u64,
     id_count: AtomicU64,
 }
-
-/// Who sent the request, as the gate found out.
-#[derive(Debug, Clone)]
-pub(super) struct Client(pub String);
-
-/// The address that a connection came from.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Peer(pub SocketAddr);
 
 impl Front {
     /// The routes' share of a gateway with these settings.
@@ -84,14 +74,19 @@ impl Front {
     /// # Errors
     /// When the node takes no requests, has no room, or the body is not what it should be.
     pub(super) async fn fields(&self, request: Request) -> Result<(ReadBody, Fields), Failure> {
-        self.gateway.check_open()?;
-        let body = request.into_body();
+        if let Err(closed) = self.gateway.check_open() {
+            return Err(gate::refuse(self, request, closed).await);
+        }
+        let (parts, body) = request.into_parts();
         let is_large = axum::body::HttpBody::size_hint(&body).upper().is_none_or(|bytes| bytes > SMALL_BODY_BYTES);
         if is_large && let Err(full) = self.gateway.check_room() {
             self.bodies.discard(body).await;
             return Err(full);
         }
         let body = self.bodies.read(body).await?;
+        if let Some(gate::Client(gate::Caller { retry: Some(retry), .. })) = parts.extensions.get() {
+            retry.bind(parts.uri.path(), &body.bytes);
+        }
         let fields = Fields::parse(&body.bytes)?;
         Ok((body, fields))
     }
@@ -115,101 +110,71 @@ impl Front {
         self.gateway.services.telemetry.metrics().tasks_total.of(&labels).inc();
     }
 
-    /// Finds out who sends a request, and whether the client may send one more.
-    fn admit(&self, request: &Request) -> Result<Client, Failure> {
-        let client = self.client(request.headers());
-        let path = request.uri().path();
-        if path == "/health" {
-            return Ok(client.unwrap_or_else(|_| Client(String::new())));
-        }
-        let client = client?;
-        if let Some(rates) = self.rates.as_ref().filter(|_| path != "/metrics") {
-            let key = match request.extensions().get::<Peer>() {
-                Some(Peer(address)) if client.0.is_empty() => RateKey::address(address.ip()),
-                _ => RateKey::Client(client.0.clone()),
-            };
-            rates.check(key).map_err(|wait| Failure::rate_limited(rates.per_second(), wait))?;
-        }
-        Ok(client)
+    /// The name of a request whose client gave it none.
+    pub(super) fn next_id(&self) -> HeaderValue {
+        let count = self.id_count.fetch_add(1, Ordering::Relaxed);
+        let id = format!("req-{:016x}-{count:x}", self.id_prefix);
+        HeaderValue::try_from(id).unwrap_or_else(|_| HeaderValue::from_static("req"))
+    }
+}
+
+/// Routes, and their list, to which the OpenAPI document is held.
+pub(super) struct Routes {
+    router: Router<Arc<Front>>,
+    /// Methods and paths.
+    pub listed: Vec<(&'static str, &'static str)>,
+}
+
+impl Routes {
+    fn get<H: Handler<T, Arc<Front>>, T: 'static>(self, path: &'static str, handler: H) -> Self {
+        self.on("get", path, get(handler))
     }
 
-    /// The client by its API key; the nameless client where no keys are needed.
-    fn client(&self, headers: &HeaderMap) -> Result<Client, Failure> {
-        let Some(keys) = &self.settings.keys else { return Ok(Client(String::new())) };
-        let header = headers.get(AUTHORIZATION).and_then(|value| value.to_str().ok());
-        let Some(header) = header else {
-            return Err(Failure::invalid_api_key("an API key is needed: send `Authorization: Bearer <key>`"));
-        };
-        let key = header.split_once(' ').filter(|(scheme, _)| scheme.eq_ignore_ascii_case("bearer"));
-        let client = key.and_then(|(_, key)| keys.client(key.trim()));
-        client
-            .map(|client| Client(client.to_owned()))
-            .ok_or_else(|| Failure::invalid_api_key("the API key is not known"))
+    fn post<H: Handler<T, Arc<Front>>, T: 'static>(self, path: &'static str, handler: H) -> Self {
+        self.on("post", path, post(handler))
     }
 
-    /// Whether whoever sends these headers may see more than whether the node is healthy.
-    fn is_trusted(&self, headers: &HeaderMap) -> bool {
-        self.client(headers).is_ok()
+    fn delete<H: Handler<T, Arc<Front>>, T: 'static>(self, path: &'static str, handler: H) -> Self {
+        self.on("delete", path, delete(handler))
     }
 
-    fn request_id(&self, headers: &HeaderMap) -> HeaderValue {
-        let is_plain = |byte: &u8| byte.is_ascii_alphanumeric() || b"._-".contains(byte);
-        let own = headers
-            .get(REQUEST_ID)
-            .filter(|id| !id.is_empty() && id.len() <= REQUEST_ID_BYTES_MAX && id.as_bytes().iter().all(is_plain));
-        own.cloned().unwrap_or_else(|| {
-            let count = self.id_count.fetch_add(1, Ordering::Relaxed);
-            let id = format!("req-{:016x}-{count:x}", self.id_prefix);
-            HeaderValue::try_from(id).unwrap_or_else(|_| HeaderValue::from_static("req"))
-        })
+    fn on(mut self, method: &'static str, path: &'static str, route: MethodRouter<Arc<Front>>) -> Self {
+        self.listed.push((method, path));
+        self.router = self.router.route(path, route);
+        self
     }
+}
+
+/// All routes.
+pub(super) fn routes() -> Routes {
+    Routes { router: Router::new(), listed: Vec::new() }
+        .post("/inference", inference::submit)
+        .get("/inference/{id}", records::task)
+        .post("/v1/completions", completions::submit)
+        .delete("/v1/requests/{id}", records::cancel)
+        .get("/v1/receipts/{id}", records::receipt)
+        .get("/v1/models", records::models)
+        // A model's name may have slashes in it.
+        .get("/v1/models/{*id}", records::model)
+        .get("/v1/epoch", records::epoch)
+        .get("/v1/evidence", records::evidence)
+        .get("/health", show_health)
+        .get("/metrics", show_metrics)
+        .get(openapi::PATH, openapi::show)
 }
 
 /// The router over all routes.
 pub(super) fn router(front: Arc<Front>) -> Router {
-    Router::new()
-        .route("/inference", post(inference::submit))
-        .route("/inference/{id}", get(records::task))
-        .route("/v1/completions", post(completions::submit))
-        .route("/v1/requests/{id}", delete(records::cancel))
-        .route("/v1/receipts/{id}", get(records::receipt))
-        .route("/v1/models", get(records::models))
-        // A model's name may have slashes in it.
-        .route("/v1/models/{*id}", get(records::model))
-        .route("/v1/epoch", get(records::epoch))
-        .route("/v1/evidence", get(records::evidence))
-        .route("/health", get(show_health))
-        .route("/metrics", get(show_metrics))
-        .fallback(no_route)
-        .layer(from_fn_with_state(Arc::clone(&front), gate))
+    routes()
+        .router
+        .fallback(gate::no_route)
+        .method_not_allowed_fallback(gate::no_method)
+        .layer(from_fn_with_state(Arc::clone(&front), gate::gate))
         .with_state(front)
 }
 
-/// What every request passes, and every response.
-async fn gate(State(front): State<Arc<Front>>, mut request: Request, next: Next) -> Response {
-    let id = front.request_id(request.headers());
-    let method = request.method().to_string();
-    let mut response = match front.admit(&request) {
-        Ok(client) => {
-            request.extensions_mut().insert(client);
-            next.run(request).await
-        }
-        Err(failure) => failure.into_response(),
-    };
-    if response.status() == StatusCode::METHOD_NOT_ALLOWED {
-        // The router around this adds the header `allow`, to a response that has none.
-        response = Failure::no_method(&method).into_response();
-    }
-    response.headers_mut().insert(REQUEST_ID, id);
-    response
-}
-
-async fn no_route(method: Method, request: Request) -> Failure {
-    Failure::no_route(&format!("{method} {}", request.uri().path()))
-}
-
 async fn show_health(State(front): State<Arc<Front>>, headers: HeaderMap) -> Response {
-    health::respond(&front.gateway, front.request_timeout(), front.is_trusted(&headers))
+    health::respond(&front.gateway, front.request_timeout(), gate::is_trusted(&front, &headers))
 }
 
 async fn show_metrics(State(front): State<Arc<Front>>, headers: HeaderMap) -> Response {

@@ -28,16 +28,16 @@ use tokio::task::JoinSet;
 use tokio_util::sync::CancellationToken;
 
 use super::errors::Failure;
-use super::routes::Peer;
+use super::gate::Peer;
 
 /// How long the headers of a request may take, and how long a connection may be idle between two.
 const HEADERS_WITHIN: Duration = Duration::from_secs(30);
 /// How long a client may read nothing of what it is sent.
 const WRITE_STALL_MAX: Duration = Duration::from_secs(30);
-/// Header lines of a request at most.
-const HEADERS_MAX: usize = 64;
-/// Bytes of a connection's buffer, which bounds the headers of a request.
-const BUFFER_BYTES_MAX: usize = 64 << 10;
+/// Header lines that are read at most. The gate refuses fewer, with an answer in the form of all failures.
+const HEADERS_MAX: usize = 256;
+/// Bytes of a connection's buffer, which bounds the headers that are read in the same way.
+const BUFFER_BYTES_MAX: usize = 128 << 10;
 /// Connections that are told at the same time that there are too many.
 const REFUSALS_MAX: usize = 64;
 /// How long such a connection is listened to, so that its client reads the answer instead of a reset.

@@ -15,6 +15,8 @@ use butterfly_engine::stage::StageError;
 use butterfly_topology::StageConfig;
 use sha2::{Digest, Sha256};
 
+use super::cors::Cors;
+
 /// Keys in a file at most; each request is compared with all of them.
 pub(super) const KEYS_MAX: usize = 4096;
 /// Bytes of a file of keys at most.
@@ -35,6 +37,10 @@ pub(super) struct Settings {
     pub rate_per_second: Option<u32>,
     /// Open client connections.
     pub connections_max: usize,
+    /// Bytes of answers that are kept for repeats.
+    pub cache_bytes: u64,
+    /// Pages that may ask.
+    pub cors: Cors,
     /// Who may send requests; anyone, if absent.
     pub keys: Option<ApiKeys>,
 }
@@ -58,6 +64,8 @@ impl Settings {
             );
             return Err(StageError::configuration("bind_address", problem));
         }
+        let cors = Cors::parse(config.text("cors_origins").unwrap_or_default())
+            .map_err(|problem| StageError::configuration("cors_origins", problem))?;
         let count = |key: &str, otherwise: usize| {
             config.integer(key).and_then(|value| usize::try_from(value).ok()).unwrap_or(otherwise)
         };
@@ -67,6 +75,8 @@ impl Settings {
             request_timeout: Duration::from_secs(count("request_timeout_secs", 30) as u64),
             rate_per_second: config.integer("rate_limit_per_second").and_then(|rate| u32::try_from(rate).ok()),
             connections_max: count("max_connections", 1024),
+            cache_bytes: config.bytes("result_cache").unwrap_or(0),
+            cors,
             keys,
         })
     }
@@ -90,6 +100,14 @@ pub(super) enum KeysError {
         path: PathBuf,
         /// Why.
         source: std::io::Error,
+    },
+    /// Others than its owner may change it, and so add keys of their own.
+    #[error("{}: others can write it (mode {mode:04o}); run: chmod go-w {}", path.display(), path.display())]
+    Shared {
+        /// The file.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
     },
     /// It is larger than a file of keys can be.
     #[error("{}: larger than {KEYS_FILE_BYTES_MAX} bytes", path.display())]
@@ -122,8 +140,16 @@ impl ApiKeys {
     /// When it cannot be read or a line is not as it should be.
     pub(super) fn read(path: &Path) -> Result<Self, KeysError> {
         let unreadable = |source| KeysError::Read { path: path.to_owned(), source };
-        if std::fs::metadata(path).map_err(unreadable)?.len() > KEYS_FILE_BYTES_MAX {
+        let metadata = std::fs::metadata(path).map_err(unreadable)?;
+        if metadata.len() > KEYS_FILE_BYTES_MAX {
             return Err(KeysError::TooLong { path: path.to_owned() });
+        }
+        #[cfg(unix)]
+        {
+            let mode = std::os::unix::fs::PermissionsExt::mode(&metadata.permissions()) & 0o777;
+            if mode & 0o022 != 0 {
+                return Err(KeysError::Shared { path: path.to_owned(), mode });
+            }
         }
         let text = std::fs::read_to_string(path).map_err(unreadable)?;
         Self::parse(&text).map_err(|fault| match fault {
@@ -215,5 +241,19 @@ mod tests {
         assert_eq!(fault(&format!("{} {}\n", digest("a"), "n".repeat(65))).unwrap().0, 1);
         let error = ApiKeys::read(Path::new("/nowhere/tokens.txt")).unwrap_err();
         assert!(error.to_string().contains("/nowhere/tokens.txt"), "{error}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_file_to_which_others_could_add_keys_is_refused() {
+        use std::os::unix::fs::PermissionsExt;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tokens.txt");
+        std::fs::write(&path, digest("a")).unwrap();
+        let mode = |mode| std::fs::set_permissions(&path, std::fs::Permissions::from_mode(mode)).unwrap();
+        mode(0o620);
+        assert!(ApiKeys::read(&path).unwrap_err().to_string().contains("chmod go-w"));
+        mode(0o644);
+        assert_eq!(ApiKeys::read(&path).unwrap().client("a"), Some(&digest("a")[..16]));
     }
 }

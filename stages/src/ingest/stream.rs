@@ -176,7 +176,7 @@ impl Stream {
             let message = "what was streamed is not what was certified; discard it";
             return Err(TaskError::Internal(message.to_owned()).into());
         };
-        let proof = Proof::new(&completed.receipt, &self.epoch);
+        let proof = Proof::of(completed, &self.epoch);
         let logprobs = self.listed();
         let choice = Choice {
             logprobs,

@@ -32,6 +32,16 @@ pub(crate) fn beside(topology: &Path, node: &str) -> PathBuf {
 
 /// Writes a new key file with mode 0600; one that exists is left alone.
 pub(crate) fn write(path: &Path, key: &SigningKey) -> Result<(), Failure> {
+    let text = format!(
+        "# Secret identity key of a Butterfly node (secp256k1). Never share this file. Public key:\n# {}\n{}\n",
+        public_hex(key),
+        hex::encode(key.to_bytes()),
+    );
+    write_secret(path, &text)
+}
+
+/// Writes a new file with mode 0600; one that exists is left alone.
+pub(crate) fn write_secret(path: &Path, text: &str) -> Result<(), Failure> {
     if let Some(folder) = path.parent().filter(|folder| !folder.as_os_str().is_empty()) {
         std::fs::create_dir_all(folder).map_err(|error| Failure::file("create", folder, &error))?;
     }
@@ -42,33 +52,34 @@ pub(crate) fn write(path: &Path, key: &SigningKey) -> Result<(), Failure> {
     let mut file = options.open(path).map_err(|error| {
         let failure = Failure::file("write", path, &error);
         match error.kind() {
-            std::io::ErrorKind::AlreadyExists => failure
-                .help("a key is never overwritten: a node that loses its key leaves the cluster; choose another name"),
+            std::io::ErrorKind::AlreadyExists => failure.help(
+                "a key is never overwritten, because whoever has it may lose what it stands for; choose another name",
+            ),
             _ => failure,
         }
     })?;
-    let text = format!(
-        "# Secret identity key of a Butterfly node (secp256k1). Never share this file. Public key:\n# {}\n{}\n",
-        public_hex(key),
-        hex::encode(key.to_bytes()),
-    );
     file.write_all(text.as_bytes()).and_then(|()| file.sync_all()).map_err(|error| Failure::file("write", path, &error))
 }
 
 /// Reads a key file that only its owner can read.
 pub(crate) fn read(path: &Path) -> Result<SigningKey, Failure> {
+    parse(&read_secret(path)?).ok_or_else(|| {
+        Failure::environment(format!("{} holds no secret key", path.display()))
+            .help("a key file has one line of 64 hex digits, and comments that begin with #")
+    })
+}
+
+/// Reads a file that only its owner can read.
+pub(crate) fn read_secret(path: &Path) -> Result<String, Failure> {
     let file = File::open(path).map_err(|error| {
         Failure::file("read", path, &error)
-            .help("make one with `butterfly keygen FILE`, and put its public key into the topology")
+            .help("make one with `butterfly keygen FILE`, and put its public part where it is needed")
     })?;
     refuse_shared(path, &file)?;
     let mut text = String::new();
     let mut limited = file.take(KEY_FILE_BYTES_MAX);
     limited.read_to_string(&mut text).map_err(|error| Failure::file("read", path, &error))?;
-    parse(&text).ok_or_else(|| {
-        Failure::environment(format!("{} holds no secret key", path.display()))
-            .help("a key file has one line of 64 hex digits, and comments that begin with #")
-    })
+    Ok(text)
 }
 
 #[cfg(unix)]

@@ -4,6 +4,7 @@
 //! Data goes to standard output, everything else to standard error, so that a pipe sees only data. Secrets are never
 //! arguments: they are files that only their owner can read.
 
+mod api_key;
 mod bench;
 mod check;
 mod demo;

@@ -89,7 +89,7 @@ impl Streamed {
             slices: Vec::new(),
         };
         let task_id = self.stream.id.clone();
-        let completed = Completed { task_id, request, answer, receipt };
+        let completed = Completed { task_id, request, answer, receipt, cached: false };
         self.sender.take().unwrap().end(Ok(Arc::new(completed)));
     }
 
