@@ -30,6 +30,7 @@ fn question(strategy: Strategy) -> Question {
             memory_bytes: Some((8 + index as u64 % 5) << 30),
             compute: Some(1.0 + f64::from(index % 9) * 0.25),
             bandwidth: Some(125_000_000 + index as u64 * 1_000_000),
+            admin_address: None,
             adversary: None,
         })
         .collect();

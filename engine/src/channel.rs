@@ -10,7 +10,7 @@
 //!
 //! Receiving and sending record *starved* and *blocked* in the accounts of the stages at the two ends.
 //!
-//! It refuses to know what the items are, beyond their size.
+//! It refuses to know what the items are, beyond their size and what they show of themselves to a tap.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -31,6 +31,12 @@ pub trait Item: Send + 'static {
     /// What the item counts against the byte budget of an edge: roughly the memory it keeps, its heap included. It must
     /// not change while the item is in a queue.
     fn size_bytes(&self) -> usize;
+
+    /// What the item shows of itself to whoever taps an edge: what it is about, and if `payload`, what is in it. It must
+    /// not be larger than a few kilobytes without the payload.
+    fn view(&self, _payload: bool) -> serde_json::Value {
+        serde_json::Value::Null
+    }
 }
 
 /// Room of an edge.
@@ -476,8 +482,13 @@ struct Queued<T> {
 }
 
 /// Takes an item out of its room.
-fn take<T>(queued: Queued<T>, now: Duration) -> T {
+fn take<T: Item>(queued: Queued<T>, now: Duration) -> T {
     let Queued { item, sent, budget } = queued;
+    let meters = &budget.edge.meters;
+    if meters.taps.is_open() {
+        let unix_ms = budget.edge.producer.clock().unix_ms();
+        meters.taps.show(&meters.label, (now, unix_ms), budget.bytes, |payload| item.view(payload));
+    }
     budget.edge.meters.left(budget.bytes);
     budget.edge.meters.queue.record(now.saturating_sub(sent));
     item

@@ -3,12 +3,15 @@
 //! Items carry request ids and shared request bodies; no HTTP type and no reply channel travels through the graph. The
 //! size an item reports is what it pins in memory, because edges are bounded in bytes as well as in items.
 
+mod view;
+
 use std::sync::Arc;
 
 use butterfly_engine::channel::Item;
 use butterfly_topology::NodeId;
 use butterfly_topology::plan::Plan;
 use butterfly_verify::{Answer, Digest, Evidence, Input, Receipt};
+use serde_json::Value;
 
 use crate::error::TaskError;
 use crate::model::Sampled;
@@ -200,17 +203,29 @@ impl Item for Request {
     fn size_bytes(&self) -> usize {
         request_bytes(&self.body)
     }
+
+    fn view(&self, payload: bool) -> Value {
+        view::request("request", self, payload)
+    }
 }
 
 impl Item for Planned {
     fn size_bytes(&self) -> usize {
         self.request.size_bytes()
     }
+
+    fn view(&self, payload: bool) -> Value {
+        view::request("planned", &self.request, payload)
+    }
 }
 
 impl Item for Assigned {
     fn size_bytes(&self) -> usize {
         self.request.size_bytes()
+    }
+
+    fn view(&self, payload: bool) -> Value {
+        view::request("assigned", &self.request, payload)
     }
 }
 
@@ -223,6 +238,10 @@ impl Item for Boundary {
         };
         size_of::<Self>() + values
     }
+
+    fn view(&self, payload: bool) -> Value {
+        view::boundary("boundary", self, payload)
+    }
 }
 
 impl Item for Step {
@@ -233,6 +252,10 @@ impl Item for Step {
             Self::Cancel { .. } => size_of::<Self>(),
         }
     }
+
+    fn view(&self, payload: bool) -> Value {
+        view::step(self, payload)
+    }
 }
 
 impl Item for Outcome {
@@ -241,6 +264,10 @@ impl Item for Outcome {
             Self::Delta { tokens, .. } => size_of::<Self>() + sampled_bytes(tokens),
             Self::Finished(finished) => size_of::<Finished>() + finished.answer.as_ref().map_or(0, answer_bytes),
         }
+    }
+
+    fn view(&self, payload: bool) -> Value {
+        view::outcome(self, payload)
     }
 }
 
@@ -254,6 +281,10 @@ impl Item for Decided {
             Self::Failed { .. } => size_of::<Self>(),
             Self::Accused { .. } => size_of::<Self>() + 2 * SLICE_CERTIFICATE_BYTES,
         }
+    }
+
+    fn view(&self, payload: bool) -> Value {
+        view::decided(self, payload)
     }
 }
 

@@ -8,6 +8,7 @@
 //! A request passes `ingest → partition → assign → transfer → compute → consensus → commit`; the items on the way are in
 //! [`items`], the stages one folder each.
 
+pub mod admin;
 pub mod assign;
 pub mod commit;
 pub mod compute;

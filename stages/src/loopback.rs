@@ -36,6 +36,8 @@ pub struct Loopback {
     pub settings: Vec<(&'static str, String)>,
     /// The `[[stage]]` tables, in place of the usual ones.
     pub stages: Option<String>,
+    /// The file with the secret of admin listeners; every node has one if it is there.
+    pub admin_token_file: Option<PathBuf>,
     /// Kinds beside the seven: their signatures, and how a node makes them.
     pub extension: Option<(Vec<KindSignature>, Extension)>,
 }
@@ -50,6 +52,7 @@ impl Default for Loopback {
             gateways: 1,
             settings: Vec::new(),
             stages: None,
+            admin_token_file: None,
             extension: None,
         }
     }
@@ -104,6 +107,9 @@ impl Loopback {
                 "[[node]]\nid = \"{id}\"\nlisten_address = \"{address}\"\npublic_key = \"{public}\"\ndomain = \"lab-{}\"",
                 char::from(b'a' + (index % 26) as u8)
             );
+            if self.admin_token_file.is_some() {
+                text.push_str("admin_address = \"127.0.0.1:0\"\n");
+            }
             if let Some(behaviour) = self.adversaries.get(&index) {
                 let _ = writeln!(text, "adversary = \"{behaviour}\"");
             }
@@ -114,6 +120,9 @@ impl Loopback {
         match &self.stages {
             Some(stages) => text.push_str(stages),
             None => self.write_stages(&mut text),
+        }
+        if let Some(file) = &self.admin_token_file {
+            let _ = writeln!(text, "\n[telemetry]\nadmin_token_file = {:?}", file.display().to_string());
         }
         let mut signatures = SIGNATURES.to_vec();
         signatures.extend(self.extension.iter().flat_map(|(signatures, _)| signatures.iter().cloned()));

@@ -11,17 +11,19 @@ use std::sync::Arc;
 use butterfly_engine::clock::{Clock, RealClock};
 use butterfly_engine::registry::{BuildError, Registry};
 use butterfly_engine::running::{RunError, Running};
-use butterfly_engine::telemetry::Telemetry;
+use butterfly_engine::telemetry::{ReportForm, Telemetry};
 use butterfly_engine::transport::{
     LinkIdentity, LocalHub, Mesh, NetworkError, PeerState, QuicConfig, Roster, RosterMember,
 };
 use butterfly_engine::wiring::Wiring;
 use butterfly_topology::plan::{LayerCost, Plan, Strategy};
-use butterfly_topology::{NodeId, NodeSpec, Topology};
+use butterfly_topology::{CollectorType, NodeId, NodeSpec, Topology, planner};
 use butterfly_verify::{Digest, Epoch, EpochError, EpochParts, Limits, Member, NodeIndex, PublicKey, SliceReplicas};
 use k256::ecdsa::SigningKey;
+use tokio_util::task::AbortOnDropHandle;
 
-use crate::commit::{Journal, JournalError};
+use crate::admin::{Admin, AdminError, Serving};
+use crate::commit::{Journal, JournalError, TaskKind};
 use crate::error::PartitionError;
 use crate::ingest::Board;
 use crate::model::{Model, ModelError, PackedWeights};
@@ -60,6 +62,9 @@ pub struct Node {
     running: Running,
     services: Services,
     mesh: Mesh,
+    admin: Option<Serving>,
+    /// Writes reports where nobody scrapes; ends with the node.
+    _reports: AbortOnDropHandle<()>,
 }
 
 /// Why a node cannot start, or did not stop well.
@@ -135,6 +140,9 @@ pub enum NodeError {
     /// The signing key does not fit the epoch.
     #[error("the identity key does not sign for this epoch: {0}")]
     Signer(#[from] butterfly_verify::SignError),
+    /// There is no admin listener although there should be one.
+    #[error(transparent)]
+    Admin(#[from] AdminError),
     /// A stage failed, or did not stop.
     #[error(transparent)]
     Run(#[from] RunError),
@@ -250,6 +258,11 @@ impl Node {
         };
         let clock: Arc<dyn Clock> = Arc::new(RealClock::new());
         let telemetry = Arc::new(Telemetry::with_clock(node.clone(), Arc::clone(&clock)));
+        declare(&telemetry, &topology, &foundation);
+        let admin = match topology.cluster.node(&node).and_then(|spec| spec.admin_address) {
+            Some(address) => Some(Admin::bind(address, base_dir.join(&topology.telemetry.admin_token_file)).await?),
+            None => None,
+        };
         std::fs::create_dir_all(&data_dir).map_err(|source| NodeError::DataDir { path: data_dir.clone(), source })?;
         foundation.model.keep_packed(PackedWeights::new(data_dir.join("packed")));
         let journal = Journal::open(&data_dir.join(log_name(&topology)))?;
@@ -291,7 +304,11 @@ impl Node {
         };
         let unspawned = Wiring::compile(&topology, &node, &registry, telemetry, Some(mesh.clone()), clock)
             .map_err(NodeError::Build)?;
-        Ok(Self { running: unspawned.start(), services, mesh })
+        let running = unspawned.start();
+        let shutdown = running.controller().shutdown();
+        let admin = admin.map(|admin| admin.serve(services.clone(), running.readiness().clone(), shutdown));
+        let _reports = AbortOnDropHandle::new(tokio::spawn(report(services.clone())));
+        Ok(Self { running, services, mesh, admin, _reports })
     }
 
     /// Resolves when every stage is ready.
@@ -323,6 +340,12 @@ impl Node {
         self.services.board.http_address()
     }
 
+    /// Where the node's operator watches it, if the topology gives it an admin listener.
+    #[must_use]
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin.as_ref().map(Serving::address)
+    }
+
     /// Resolves when a stage has failed and the node drains by itself.
     pub async fn failed(&self) -> RunError {
         self.running.failed().await
@@ -336,6 +359,36 @@ impl Node {
         let stopped = self.running.shutdown().await;
         self.mesh.shutdown().await;
         Ok(stopped?)
+    }
+}
+
+/// Starts at zero whatever can be counted of this cluster, on every node.
+fn declare(telemetry: &Telemetry, topology: &Topology, foundation: &Foundation) {
+    let metrics = telemetry.metrics();
+    metrics.declare_model(&foundation.model.manifest().name, &TaskKind::LABELS);
+    topology.cluster.nodes.iter().for_each(|node| metrics.declare_member(&node.id));
+    let forecast =
+        planner::forecast(&foundation.plan, &foundation.question.input(), planner::REFERENCE_WORK_PER_SECOND);
+    metrics.partition_quality_ratio.set(forecast.quality);
+}
+
+/// Writes what there is to tell to standard output, as often as the topology says, where it wants that; for ever.
+async fn report(services: Services) {
+    let spec = &services.topology.telemetry;
+    let form = match spec.collector_type {
+        CollectorType::Prometheus => return,
+        CollectorType::Console => ReportForm::Console,
+        CollectorType::Json => ReportForm::Json,
+    };
+    loop {
+        services.clock.sleep(spec.export_interval).await;
+        let text = services.telemetry.report(form);
+        // Whoever reads may be slow; that holds up a thread for such things, and the next report.
+        let write = move || std::io::Write::write_all(&mut std::io::stdout().lock(), text.as_bytes());
+        if let Ok(Err(error)) = tokio::task::spawn_blocking(write).await {
+            tracing::warn!(node = %services.node, %error, "no reports any more: standard output cannot be written");
+            return;
+        }
     }
 }
 

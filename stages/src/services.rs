@@ -6,8 +6,11 @@
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 use butterfly_engine::clock::Clock;
+use butterfly_engine::shutdown::Shutdown;
+use butterfly_engine::stage::Readiness;
 use butterfly_engine::telemetry::Telemetry;
 use butterfly_engine::transport::PeerState;
 use butterfly_topology::plan::Plan;
@@ -16,6 +19,7 @@ use butterfly_verify::{Epoch, NodeIndex, Signer};
 
 use tokio::sync::watch;
 
+use crate::assign::readiness;
 use crate::commit::Journal;
 use crate::ingest::Board;
 use crate::model::Model;
@@ -61,6 +65,21 @@ impl Services {
     #[must_use]
     pub fn node_id(&self, index: NodeIndex) -> Option<NodeId> {
         self.epoch.member(index).and_then(|member| member.id.parse().ok())
+    }
+
+    /// Why this node cannot answer now; empty when it can. A process that answers and computes nothing is not ready, so work
+    /// that has not moved for `stalled_after` is a reason too.
+    #[must_use]
+    pub fn unready(&self, stages: &Readiness, shutdown: &Shutdown, stalled_after: Duration) -> Vec<&'static str> {
+        let quorum = readiness(&self.plan, &self.peers.borrow(), &self.node, self.topology.cluster.max_byzantine);
+        let checks = [
+            (!shutdown.is_running(), "draining"),
+            (!stages.is_ready(), "loading"),
+            (self.journal.failure().is_some(), "log_failed"),
+            (quorum.is_err(), "no_quorum"),
+            (self.board.still_for() >= stalled_after, "stalled"),
+        ];
+        checks.into_iter().filter_map(|(holds, reason)| holds.then_some(reason)).collect()
     }
 }
 

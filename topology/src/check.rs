@@ -57,5 +57,9 @@ fn telemetry(table: Option<&Table>) -> TelemetrySpec {
         _ => CollectorType::Prometheus,
     };
     let seconds = table.values.integer("export_interval_secs").and_then(|secs| u64::try_from(secs).ok());
-    TelemetrySpec { collector_type, export_interval: seconds.map_or(default.export_interval, Duration::from_secs) }
+    TelemetrySpec {
+        collector_type,
+        export_interval: seconds.map_or(default.export_interval, Duration::from_secs),
+        admin_token_file: table.values.text("admin_token_file").map_or(default.admin_token_file, str::to_owned),
+    }
 }

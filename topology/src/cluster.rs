@@ -66,6 +66,8 @@ pub struct NodeSpec {
     pub compute: Option<f64>,
     /// Measured bandwidth of its link to the others, in bytes per second.
     pub bandwidth: Option<u64>,
+    /// Where its admin listener binds; it has none when `None`.
+    pub admin_address: Option<SocketAddr>,
     /// A behaviour of [`BEHAVIOURS`] that it shows instead of the honest one.
     pub adversary: Option<String>,
 }
@@ -75,17 +77,23 @@ fn hex_key<S: serde::Serializer>(key: &[u8; 33], serializer: S) -> Result<S::Ok,
 }
 
 /// The `[telemetry]` table.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct TelemetrySpec {
     /// Where metrics go.
     pub collector_type: CollectorType,
     /// How often metrics are written by collectors that write.
     pub export_interval: Duration,
+    /// The file with the secret of the admin listeners, relative to the topology file.
+    pub admin_token_file: String,
 }
 
 impl Default for TelemetrySpec {
     fn default() -> Self {
-        Self { collector_type: CollectorType::Prometheus, export_interval: Duration::from_secs(60) }
+        Self {
+            collector_type: CollectorType::Prometheus,
+            export_interval: Duration::from_secs(60),
+            admin_token_file: "admin.token".to_owned(),
+        }
     }
 }
 

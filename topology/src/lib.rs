@@ -13,6 +13,7 @@ mod check;
 pub mod cluster;
 pub mod diagnostic;
 pub mod graph;
+mod json_schema;
 pub mod name;
 pub mod plan;
 pub mod planner;
@@ -26,7 +27,8 @@ pub use catalogue::{Catalogue, KeySpec, KindSignature, PortSpec, ValueSpec, When
 pub use cluster::{Cluster, CollectorType, NodeSpec, TelemetrySpec};
 pub use diagnostic::{Code, Diagnostic, Diagnostics, Severity};
 pub use graph::{EdgeSpec, Graph, LoopSpec, PermitsFrom, PortRef, StageSpec};
+pub use json_schema::json_schema;
 pub use name::{NameError, NodeId, StageName};
-pub use plan::{Lack, LayerCost, Plan, PlanError, PlanInput, SlicePlan, Strategy};
+pub use plan::{Lack, LayerCost, Plan, PlanError, PlanInput, SlicePlan, Strategy, bytes_text};
 pub use topology::{Topology, parse};
 pub use value::{ConfigValue, StageConfig};

@@ -224,7 +224,8 @@ fn reasons(reasons: &[(Strategy, PlanError)]) -> String {
 }
 
 /// Bytes for people: the largest binary unit, one decimal.
-pub(crate) fn bytes_text(bytes: u64) -> String {
+#[must_use]
+pub fn bytes_text(bytes: u64) -> String {
     const UNITS: [(&str, u64); 4] = [("TiB", 1 << 40), ("GiB", 1 << 30), ("MiB", 1 << 20), ("KiB", 1 << 10)];
     for (unit, size) in UNITS {
         if bytes >= size {

@@ -8,6 +8,7 @@
 //! Planners refuse to know which nodes are alive: they plan with the nodes they are given.
 
 mod cut;
+mod forecast;
 mod load_balanced;
 mod replica_sets;
 mod topology_aware;
@@ -15,6 +16,7 @@ mod uniform;
 
 use std::collections::BTreeSet;
 
+pub use forecast::{Forecast, LinkForecast, REFERENCE_WORK_PER_SECOND, Rejection, SliceForecast, forecast};
 pub(crate) use replica_sets::Domains;
 
 use crate::plan::{LAYERS_MAX, Lack, Plan, PlanError, PlanInput, SlicePlan, Strategy};

@@ -4,7 +4,7 @@
 //! structs stops at the first problem and this module reports all of them. What it hands on is well-formed table by
 //! table; whether the tables fit together is for [`crate::check`].
 
-mod stage;
+pub(crate) mod stage;
 
 use std::ops::Range;
 
@@ -81,10 +81,10 @@ const fn with_default(spec: KeySpec, default: &'static str) -> KeySpec {
     KeySpec { default: Some(default), ..spec }
 }
 
-const TABLES: [(&str, &str); 4] =
+pub(crate) const TABLES: [(&str, &str); 4] =
     [("cluster", "[cluster]"), ("node", "[[node]]"), ("stage", "[[stage]]"), ("telemetry", "[telemetry]")];
 
-const CLUSTER_KEYS: &[KeySpec] = &[
+pub(crate) const CLUSTER_KEYS: &[KeySpec] = &[
     required("name", "name of the cluster", ValueSpec::Text),
     required("model", "the model: \"builtin:tiny-rust\", a folder or a file", ValueSpec::Text),
     required(
@@ -96,7 +96,7 @@ const CLUSTER_KEYS: &[KeySpec] = &[
     key("slices", "into how many slices the model is cut", ValueSpec::Integer { min: 1, max: SLICES_MAX as i64 }),
 ];
 
-const NODE_KEYS: &[KeySpec] = &[
+pub(crate) const NODE_KEYS: &[KeySpec] = &[
     required("id", "id of the node, such as \"n0\"", ValueSpec::Text),
     required("listen_address", "where it listens and its peers dial it", ValueSpec::SocketAddress),
     required("public_key", "its identity, printed by `butterfly keygen`", ValueSpec::Text),
@@ -104,10 +104,11 @@ const NODE_KEYS: &[KeySpec] = &[
     key("memory", "memory for weights and caches", ValueSpec::Bytes { min: 1 << 20, max: 1 << 50 }),
     key("compute", "measured speed relative to the others", ValueSpec::Number { min: 1e-6, max: 1e6 }),
     key("bandwidth", "measured bytes per second to the others", ValueSpec::Bytes { min: 1, max: 1 << 50 }),
+    key("admin_address", "where its admin listener binds; it has none when absent", ValueSpec::SocketAddress),
     key("adversary", "a behaviour to show instead of the honest one", ValueSpec::Choice(BEHAVIOURS)),
 ];
 
-const TELEMETRY_KEYS: &[KeySpec] = &[
+pub(crate) const TELEMETRY_KEYS: &[KeySpec] = &[
     with_default(
         key("collector_type", "where metrics go", ValueSpec::Choice(&["prometheus", "console", "json"])),
         "prometheus",
@@ -119,6 +120,10 @@ const TELEMETRY_KEYS: &[KeySpec] = &[
             ValueSpec::Integer { min: 1, max: 86_400 },
         ),
         "60",
+    ),
+    with_default(
+        key("admin_token_file", "the secret of the admin listeners, which only its owner may read", ValueSpec::Path),
+        "admin.token",
     ),
 ];
 

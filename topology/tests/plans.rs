@@ -19,6 +19,7 @@ fn node(index: usize) -> NodeSpec {
         memory_bytes: None,
         compute: None,
         bandwidth: None,
+        admin_address: None,
         adversary: None,
     }
 }

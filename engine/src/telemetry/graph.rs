@@ -15,6 +15,7 @@ use prometheus_client::registry::Registry;
 
 use super::profile::{EdgeProfile, StageProfile};
 use super::states::{StageState, StageStates};
+use super::tap::{TapError, TapRequest, TapStream, Taps};
 use super::timing::Timing;
 
 /// The two ends of an edge, each as `stage.port`.
@@ -53,6 +54,8 @@ pub struct EdgeMeters {
     pub(crate) send: Timing,
     /// How long items waited in the queue.
     pub(crate) queue: Timing,
+    /// Whoever looks at what passes.
+    pub(crate) taps: Taps,
 }
 
 impl EdgeMeters {
@@ -67,6 +70,7 @@ impl EdgeMeters {
             bytes: AtomicU64::new(0),
             send: Timing::new(),
             queue: Timing::new(),
+            taps: Taps::default(),
         }
     }
 
@@ -150,6 +154,23 @@ impl GraphMeters {
         let mut edges = lock(&self.edges);
         edges.retain(|existing| existing.label != meters.label);
         edges.push(meters);
+    }
+
+    /// Puts a tap on the edges that enter a stage, or else on those that leave it.
+    pub(super) fn tap(&self, stage: &str, request: TapRequest) -> Result<TapStream, TapError> {
+        let edges = lock(&self.edges);
+        let at = |end: fn(&EdgeLabel) -> &str| -> Vec<&Taps> {
+            let is_meant = |meters: &&Arc<EdgeMeters>| end(&meters.label).split('.').next() == Some(stage);
+            edges.iter().filter(is_meant).map(|meters| &meters.taps).collect()
+        };
+        let mut taps = at(|label| &label.to);
+        if taps.is_empty() {
+            taps = at(|label| &label.from);
+        }
+        if taps.is_empty() {
+            return Err(TapError::NoEdge(stage.to_owned()));
+        }
+        TapStream::on(taps.into_iter(), request)
     }
 
     pub(super) fn stage_profiles(&self) -> Vec<StageProfile> {

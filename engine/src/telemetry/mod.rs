@@ -12,6 +12,7 @@ mod labelled;
 mod profile;
 mod report;
 mod states;
+mod tap;
 mod text;
 mod timing;
 mod trace;
@@ -33,6 +34,7 @@ pub use prometheus_client::metrics::counter::Counter;
 pub use prometheus_client::metrics::gauge::Gauge;
 pub use report::ReportForm;
 pub use states::{StageState, StageStates, StateGuard, StateTimes};
+pub use tap::{TAPS_MAX, TapError, TapRequest, TapStream, Tapped};
 pub use text::{Sample, TextFormat, samples};
 pub use timing::{DURATION_MAX, Quantiles, Timing};
 pub use trace::{Context, MARKS_MAX, Mark, REQUEST_ID_BYTES_MAX, TRACED_MAX, Timeline, TraceContext, TraceKey, Traces};
@@ -120,6 +122,11 @@ impl Telemetry {
         let states = StageStates::detached(Arc::clone(&self.clock));
         self.graph.add_stage(name.clone(), states.clone());
         states
+    }
+
+    /// Looks at the items that a stage takes; at those that it sends, if it takes none from an edge.
+    pub fn tap(&self, stage: &str, request: TapRequest) -> Result<TapStream, TapError> {
+        self.graph.tap(stage, request)
     }
 
     /// The account of a stage of this node.

@@ -185,6 +185,15 @@ impl Journal {
         self.log.evidence(max)
     }
 
+    /// The newest requests that have a receipt, with the receipt as JSON, at most so many. It reads the file: a short blocking
+    /// call.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn newest_receipts(&self, max: usize) -> Result<Vec<(Accepted, Vec<u8>)>, JournalError> {
+        self.log.newest_receipts(max)
+    }
+
     /// The error after which nothing more is recorded, if there was one.
     #[must_use]
     pub fn failure(&self) -> Option<JournalError> {

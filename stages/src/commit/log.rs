@@ -18,7 +18,7 @@ use redb::{
 };
 use sha2::{Digest as _, Sha256};
 
-use super::record::{self, Accepted, Open, Record, RetryKey, Settled};
+use super::record::{self, Accepted, Open, Outcome, Record, RetryKey, Settled};
 use crate::items::RequestId;
 
 /// Version of the layout below. A log of another version is refused.
@@ -231,6 +231,24 @@ impl Log {
         self.read(|transaction| {
             let table = transaction.open_table(EVIDENCE)?;
             table.iter()?.take(max).map(|entry| Ok(entry?.1.value().to_vec())).collect()
+        })
+    }
+
+    /// The newest requests that have a receipt, with the receipt, at most so many.
+    pub(super) fn newest_receipts(&self, max: usize) -> Result<Vec<(Accepted, Vec<u8>)>, JournalError> {
+        self.read(|transaction| {
+            let requests = transaction.open_table(REQUESTS)?;
+            let mut newest = Vec::new();
+            for entry in transaction.open_table(OUTCOMES)?.iter()?.rev() {
+                if newest.len() >= max {
+                    break;
+                }
+                let (sequence, outcome) = entry?;
+                let Outcome::Certified { receipt, .. } = record::read_outcome(outcome.value())? else { continue };
+                let bytes = requests.get(sequence.value())?.ok_or_else(|| missing("requests", sequence.value()))?;
+                newest.push((record::read_accepted(bytes.value())?, receipt));
+            }
+            Ok(newest)
         })
     }
 

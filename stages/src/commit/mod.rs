@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use butterfly_engine::channel::Receiver;
 use butterfly_engine::stage::{Stage, StageContext, StageError};
-use butterfly_engine::telemetry::Event;
+use butterfly_engine::telemetry::{Event, Mark};
 use butterfly_verify::{Answer, Receipt};
 use futures::FutureExt;
 use futures::future::BoxFuture;
@@ -78,11 +78,13 @@ impl CommitStage {
         let written = self.services.journal.settle_with_evidence(settled, batch.evidence).await;
         let first = written.map_err(|error| StageError::environment("write the log", error))?;
         let metrics = context.telemetry.metrics();
-        metrics.commit_seconds.record(context.clock.now().saturating_sub(began));
+        let took = context.clock.now().saturating_sub(began);
+        metrics.commit_seconds.record(took);
         for ((rd, result), first) in batch.ends.into_iter().zip(first) {
             if !first {
                 continue;
             }
+            context.telemetry.traces().mark_last(&rd.0, Mark::new("commit", "written").took(took));
             if result.is_ok() {
                 metrics.receipts_total.inc();
                 context.telemetry.events().emit_with(|| Event::new("certified").stage(&context.stage).request(rd));

@@ -20,7 +20,7 @@ use std::time::Duration;
 use butterfly_engine::channel::{Item, Receiver, Sender};
 use butterfly_engine::shutdown::DrainHold;
 use butterfly_engine::stage::{Stage, StageContext, StageError};
-use butterfly_engine::telemetry::Event;
+use butterfly_engine::telemetry::{Event, Mark};
 use butterfly_kernels::Pool;
 use butterfly_topology::NodeId;
 use futures::FutureExt;
@@ -132,10 +132,12 @@ impl ComputeStage {
         let pool = Arc::new(Pool::new(self.threads, slices.path));
         let mut state = State::new(slices, self.memory_max, self.services.clone());
         let mut running: Option<JoinHandle<Passed>> = None;
+        let mut began = context.clock.now();
         let mut next_sweep = context.clock.now() + SWEEP;
         context.ready();
         loop {
             if running.is_none() && !state.is_congested() {
+                began = context.clock.now();
                 running = state.next_pass(self.micro_batch).map(|pass| {
                     let (slices, pool) = (Arc::clone(&state.slices), Arc::clone(&pool));
                     tokio::task::spawn_blocking(move || pass.run(&slices, &pool))
@@ -149,7 +151,7 @@ impl ComputeStage {
                     if let Some(fault) = passed.fault {
                         return Err(StageError::environment("run a forward pass", fault));
                     }
-                    state.take_back(passed);
+                    state.take_back(passed, context.clock.now().saturating_sub(began));
                 }
                 step = self.steps.recv() => match step {
                     Some(step) => {
@@ -397,11 +399,16 @@ impl State {
     }
 
     /// Takes sessions back from a pass, gives them what came meanwhile, and queues them again.
-    fn take_back(&mut self, passed: Passed) {
+    fn take_back(&mut self, passed: Passed, took: Duration) {
+        let traces = self.services.telemetry.traces();
+        for session in &passed.sessions {
+            traces.mark(&session.rd.0, Mark::new("compute", "pass").slice(session.slice()).took(took));
+        }
         self.boundaries.extend(passed.effects.boundaries);
         self.outcomes.extend(passed.effects.outcomes);
         for (rd, error) in passed.refused {
-            tracing::warn!(%rd, %error, "a request was refused");
+            let span = self.services.telemetry.traces().span(&rd.0);
+            span.in_scope(|| tracing::warn!(%rd, %error, "a request was refused"));
             for slice in self.slices.indices() {
                 self.remove(&(rd, slice));
             }

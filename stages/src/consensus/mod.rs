@@ -18,7 +18,7 @@ use std::time::Duration;
 use butterfly_engine::channel::{Receiver, Sender};
 use butterfly_engine::frame::{Frame, FrameError};
 use butterfly_engine::stage::{Stage, StageContext, StageError};
-use butterfly_engine::telemetry::{Event, PhaseLabels, VerificationResult};
+use butterfly_engine::telemetry::{Event, Mark, PhaseLabels, VerificationResult};
 use butterfly_engine::transport::{Delivery, PeerPort, PeerSender};
 use butterfly_topology::NodeId;
 use butterfly_verify::{Ballot, Evidence, NodeIndex, SignedBallot, Vote, work_tag};
@@ -126,7 +126,6 @@ impl State {
     fn new(services: Services, peers: PeerSender) -> Self {
         let metrics = services.telemetry.metrics();
         metrics.declare_phases(&[CERTIFIED, CONTRADICTED, SHORT], &[SLICE_CERTIFIED], &[SILENT, ACCUSED]);
-        services.topology.cluster.nodes.iter().for_each(|node| metrics.declare_member(&node.id));
         Self {
             services,
             peers,
@@ -207,6 +206,9 @@ impl State {
                 return;
             }
         };
+        for vote in sealed.ballots.iter().map(SignedBallot::vote) {
+            self.services.telemetry.traces().mark_last(&vote.rd.0, Mark::new("consensus", "voted").slice(vote.slice));
+        }
         let frame = wire::ballots(&sealed.bytes);
         for node in audience {
             if *node == self.services.node {
@@ -254,7 +256,12 @@ impl State {
         let began = context.clock.now();
         let Some(sender) = self.services.epoch.index_of(from.as_ref()) else { return };
         match self.services.epoch.open_ballots(batch, sender) {
-            Ok(ballots) => ballots.into_iter().for_each(|ballot| self.ballot_came(context, ballot)),
+            Ok(ballots) => ballots.into_iter().for_each(|ballot| {
+                let vote = ballot.vote();
+                let hop = Mark::new("consensus", "hop").peer(from).slice(vote.slice);
+                self.services.telemetry.traces().mark_last(&vote.rd.0, hop);
+                self.ballot_came(context, ballot);
+            }),
             Err(error) => tracing::warn!(%from, %error, "a batch of votes does not hold"),
         }
         let elapsed = context.clock.now().saturating_sub(began);
@@ -300,10 +307,12 @@ impl State {
                 metrics.phase_transitions_total.of(&SLICE_CERTIFIED).inc();
             }
             Verdict::Certified { receipt, answer } => {
+                self.services.telemetry.traces().mark_last(&rd.0, Mark::new("consensus", "decided"));
                 metrics.consensus_rounds_total.of(&CERTIFIED).inc();
                 self.decided.push(Decided::Certified { rd, receipt: Box::new(receipt), answer: Box::new(answer) });
             }
             Verdict::Impossible { slice } => {
+                self.services.telemetry.traces().mark_last(&rd.0, Mark::new("consensus", "impossible").slice(slice));
                 metrics.consensus_rounds_total.of(&CONTRADICTED).inc();
                 let error = CoordinationError::ByzantineViolation { slice: usize::from(slice) };
                 self.decided.push(Decided::Failed { rd, error: error.into() });
@@ -318,7 +327,8 @@ impl State {
         let accused = evidence.accused;
         self.services.standing.accused(accused, kind);
         let Some(node) = self.services.node_id(accused) else { return };
-        tracing::warn!(%node, %rd, kind, grade = ?evidence.grade(), "a node was caught");
+        let span = self.services.telemetry.traces().span(&rd.0);
+        span.in_scope(|| tracing::warn!(%node, %rd, kind, grade = ?evidence.grade(), "a node was caught"));
         let metrics = self.services.telemetry.metrics();
         metrics.evidence_total.of(&(&node).into()).inc();
         metrics.node_failures_total.of(&ACCUSED).inc();
@@ -404,7 +414,8 @@ impl State {
         for index in open.silent() {
             self.services.standing.silent(index);
             let Some(node) = self.services.node_id(index) else { continue };
-            tracing::info!(%node, %rd, "no vote came in time");
+            let span = self.services.telemetry.traces().span(&rd.0);
+            span.in_scope(|| tracing::info!(%node, %rd, "no vote came in time"));
             open::count(&self.services, index, VerificationResult::Timeout);
             self.services.telemetry.metrics().node_failures_total.of(&SILENT).inc();
             self.services.telemetry.events().emit_with(|| Event::new("unavailable").node(&node).request(rd));

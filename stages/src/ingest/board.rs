@@ -15,7 +15,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use butterfly_engine::clock::Clock;
-use butterfly_engine::telemetry::{Event, ModelLabel, TaskLabels, TaskStatus, Telemetry};
+use butterfly_engine::telemetry::{Event, Mark, ModelLabel, TaskLabels, TaskStatus, Telemetry};
 use butterfly_verify::{Answer, Receipt, Request};
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -212,6 +212,9 @@ impl Board {
         self.telemetry.metrics().tasks_waiting.inc();
         self.count.send_replace(state.tasks.len());
         drop(state);
+        let traces = self.telemetry.traces();
+        traces.begin(rd.0, None);
+        traces.mark(&rd.0, Mark::new("ingest", "admitted"));
         self.telemetry.events().emit_with(|| Event::new("admitted").request(rd));
         Ok(())
     }
@@ -282,6 +285,7 @@ impl Board {
         metrics.tasks_waiting.dec();
         metrics.tasks_running.inc();
         metrics.task_queue_seconds.of(&label).record(queued);
+        self.telemetry.traces().mark(&rd.0, Mark::new("assign", "running").took(queued));
         self.telemetry.events().emit_with(|| Event::new("running").request(rd));
     }
 
@@ -305,6 +309,7 @@ impl Board {
         let label = ModelLabel { model: task.request.model.clone() };
         state.moved = now;
         drop(state);
+        self.telemetry.traces().mark(&rd.0, Mark::new("commit", "released").count(fresh));
         let metrics = self.telemetry.metrics();
         let (first, between) = if is_first { (1, fresh - 1) } else { (0, fresh) };
         if first > 0 {
@@ -329,6 +334,8 @@ impl Board {
         drop(state);
         drop(task.permit.take());
         self.count_end(&task, &result, now);
+        let what = if result.is_ok() { "answered" } else { "failed" };
+        self.telemetry.traces().mark_last(&rd.0, Mark::new("commit", what));
         self.telemetry.events().emit_with(|| {
             let outcome = result.as_ref().map_or_else(|error| Failure::from(error).body.code, |_| "completed");
             Event::new("settled").request(rd).with("outcome", outcome)
@@ -410,6 +417,7 @@ impl Board {
         if was == Phase::Running {
             self.stop(rd);
         }
+        self.telemetry.traces().mark_last(&rd.0, Mark::new("ingest", "cancelled"));
         self.telemetry.events().emit_with(|| Event::new("cancelled").request(rd));
         self.abandoned.notify_one();
     }

@@ -18,10 +18,10 @@ use axum::middleware::Next;
 use axum::response::{IntoResponse, Response};
 
 use super::errors::Failure;
-use super::openapi;
 use super::rate::RateKey;
 use super::retry::{REPLAYED, Retry};
 use super::routes::Front;
+use super::{openapi, origin};
 
 const REQUEST_ID: HeaderName = HeaderName::from_static("x-request-id");
 /// Longest request id taken from a client.
@@ -54,7 +54,8 @@ pub(super) struct Peer(pub SocketAddr);
 pub(super) async fn gate(State(front): State<Arc<Front>>, request: Request, next: Next) -> Response {
     let id = request_id(&front, request.headers());
     let origin = request.headers().get(ORIGIN).cloned();
-    let mut response = pass(&front, request, next).await;
+    let trace = origin::of(request.headers(), id.to_str().unwrap_or_default());
+    let mut response = origin::within(trace, pass(&front, request, next)).await;
     let headers = response.headers_mut();
     headers.insert(REQUEST_ID, id);
     front.settings.cors.mark(origin.as_ref(), headers);

@@ -23,6 +23,7 @@ use super::board::{Board, Completed, NewTask, TaskResult};
 use super::cache::ResultCache;
 use super::errors::Failure;
 use super::gate::Caller;
+use super::origin;
 use super::reply::{Reply, ReplyReceiver, reply};
 use super::retry::{KEPT, Turns};
 use crate::commit::{Accepted, Journal, JournalError, Outcome, Record, RetryKey, TaskKind};
@@ -255,6 +256,9 @@ impl Gateway {
         } else {
             (None, None)
         };
+        let traces = self.services.telemetry.traces();
+        traces.begin(rd.0, origin::current().as_ref());
+        traces.name(&rd.0, &task_id);
         let task = NewTask { task_id: task_id.clone(), kind, request: request.clone(), attempt: 1, sink };
         self.services.board.open(task)?;
         // From here on a client that goes away cancels the task.

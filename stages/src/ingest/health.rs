@@ -17,7 +17,6 @@ use butterfly_engine::transport::PeerState;
 use serde::Serialize;
 
 use super::gateway::Gateway;
-use crate::assign::readiness;
 use crate::services::Conduct;
 
 #[derive(Serialize)]
@@ -42,8 +41,9 @@ struct Services {
     tasks: usize,
 }
 
+/// A member of the roster.
 #[derive(Serialize)]
-struct Node {
+pub(crate) struct Node {
     id: String,
     /// Whether it is the node that answers.
     #[serde(rename = "self")]
@@ -72,30 +72,16 @@ struct Record {
 
 /// The answer to `GET /health`.
 pub(super) fn respond(gateway: &Gateway, request_timeout: Duration, with_details: bool) -> Response {
-    let reasons = reasons(gateway, request_timeout);
+    let reasons = gateway.services.unready(&gateway.readiness, &gateway.shutdown, request_timeout);
     let healthy = reasons.is_empty();
     let health = Health {
         healthy,
         reasons,
         services: with_details.then(|| services(gateway)),
-        nodes: with_details.then(|| nodes(gateway)),
+        nodes: with_details.then(|| nodes(&gateway.services)),
     };
     let status = if healthy { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
     (status, Json(health)).into_response()
-}
-
-fn reasons(gateway: &Gateway, request_timeout: Duration) -> Vec<&'static str> {
-    let services = &gateway.services;
-    let quorum =
-        readiness(&services.plan, &services.peers.borrow(), &services.node, services.topology.cluster.max_byzantine);
-    let checks = [
-        (!gateway.shutdown.is_running(), "draining"),
-        (!gateway.readiness.is_ready(), "loading"),
-        (services.journal.failure().is_some(), "log_failed"),
-        (quorum.is_err(), "no_quorum"),
-        (services.board.still_for() >= request_timeout, "stalled"),
-    ];
-    checks.into_iter().filter_map(|(holds, reason)| holds.then_some(reason)).collect()
 }
 
 fn services(gateway: &Gateway) -> Services {
@@ -112,8 +98,8 @@ fn services(gateway: &Gateway) -> Services {
     }
 }
 
-fn nodes(gateway: &Gateway) -> Vec<Node> {
-    let services = &gateway.services;
+/// The roster as this node sees it.
+pub(crate) fn nodes(services: &crate::services::Services) -> Vec<Node> {
     let peers = services.peers.borrow();
     let conduct = services.standing.conduct();
     let node = |spec: &butterfly_topology::NodeSpec| {

@@ -9,7 +9,7 @@
 //! | admission: valid, room reserved, on the board, durable, handed on | `gateway` |
 //! | what was asked before: retries under a key, repeats | `retry`, `cache` |
 //! | what a body may say, and what it comes to | `fields`, `ask` |
-//! | connections, bodies, rates, keys, pages | `server`, `gate`, `body`, `rate`, `settings`, `cors` |
+//! | connections, bodies, rates, keys, pages, traces | `server`, `gate`, `body`, `rate`, `settings`, `cors`, `origin` |
 //! | routes and what they answer | `routes`, `inference`, `completions`, `stream`, `records`, `health` |
 //! | the document of routes and forms | `openapi` |
 //! | failures and their statuses | `errors` |
@@ -35,6 +35,7 @@ mod health;
 mod inference;
 mod logprobs;
 mod openapi;
+mod origin;
 mod rate;
 mod records;
 mod render;
@@ -59,16 +60,17 @@ use tokio::net::TcpListener;
 
 pub use board::{Board, CancellationReceiver, Completed, NewTask, Status, TaskResult};
 pub use errors::{Failure, FailureBody};
+pub(crate) use health::nodes as health_of_nodes;
 pub use reply::{Reply, ReplyReceiver, ReplySender, reply};
+pub(crate) use server::Server;
 
 use crate::assign::readiness;
-use crate::commit::{JournalError, Open, Outcome, Settled, TaskKind};
+use crate::commit::{JournalError, Open, Outcome, Settled};
 use crate::error::{ApiError, TaskError};
 use crate::items;
 use crate::services::Services;
 use gateway::Gateway;
 use routes::{Front, router};
-use server::Server;
 use settings::Settings;
 
 /// How often tasks that stand still are looked for.
@@ -105,7 +107,6 @@ impl IngestStage {
         let (request_timeout, connections_max) = (settings.request_timeout, settings.connections_max);
         let cache_bytes = settings.cache_bytes;
         let board = Arc::clone(&services.board);
-        context.telemetry.metrics().declare_model(&services.model.manifest().name, &TaskKind::LABELS);
         // Tasks that a crash left open keep their ids, so they are on the board before anyone can ask for one.
         let left_open = recover(&services).await?;
         let listener = TcpListener::bind(settings.bind_address).await;

@@ -45,8 +45,8 @@ const REFUSAL_WITHIN: Duration = Duration::from_secs(1);
 /// Rest after the system could not give a connection.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
-/// The listener of a gateway.
-pub(super) struct Server {
+/// A listener of a node.
+pub(crate) struct Server {
     listener: TcpListener,
     router: Router,
     clock: Arc<dyn Clock>,
@@ -59,7 +59,7 @@ pub(super) struct Server {
 impl Server {
     /// A server on a bound listener.
     #[must_use]
-    pub(super) fn new(listener: TcpListener, router: Router, connections_max: usize, clock: Arc<dyn Clock>) -> Self {
+    pub(crate) fn new(listener: TcpListener, router: Router, connections_max: usize, clock: Arc<dyn Clock>) -> Self {
         Self {
             listener,
             router,
@@ -72,7 +72,7 @@ impl Server {
     }
 
     /// Accepts connections until dropped. Dropping this future, unlike dropping the server, leaves connections running.
-    pub(super) async fn accept(&mut self) {
+    pub(crate) async fn accept(&mut self) {
         loop {
             let accepted = tokio::select! {
                 accepted = self.listener.accept() => accepted,
@@ -95,7 +95,7 @@ impl Server {
     }
 
     /// Lets every connection finish the request it is at, and resolves when all have. Safe to cancel.
-    pub(super) async fn finish(&mut self) {
+    pub(crate) async fn finish(&mut self) {
         self.closing.cancel();
         while self.connections.join_next().await.is_some() {}
     }

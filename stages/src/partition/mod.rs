@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use butterfly_engine::channel::{Receiver, Sender};
 use butterfly_engine::stage::{Stage, StageContext, StageError};
+use butterfly_engine::telemetry::Mark;
 use butterfly_topology::NodeSpec;
 use butterfly_topology::plan::{LayerCost, Plan, PlanError, PlanInput, Strategy};
 use butterfly_topology::planner;
@@ -148,6 +149,7 @@ impl Stage for PartitionStage {
                 }
                 match planned {
                     Ok(plan) => {
+                        context.telemetry.traces().mark(&request.rd.0, Mark::new("partition", "planned"));
                         if self.output.send(Planned { request, plan }).await.is_err() {
                             break;
                         }

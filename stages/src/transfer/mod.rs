@@ -16,6 +16,7 @@ use std::time::Duration;
 use butterfly_engine::channel::{Item, Receiver, Sender};
 use butterfly_engine::frame::Frame;
 use butterfly_engine::stage::{Stage, StageContext, StageError};
+use butterfly_engine::telemetry::{Mark, TraceContext};
 use butterfly_engine::transport::{Delivery, PeerPort, PeerSender};
 use butterfly_topology::NodeId;
 use butterfly_verify::PrePrepare;
@@ -24,7 +25,7 @@ use futures::future::BoxFuture;
 
 use crate::error::{ButterflyError, CoordinationError};
 use crate::ingest::CancellationReceiver;
-use crate::items::{Assigned, Boundary, RequestId, Step};
+use crate::items::{Assigned, Boundary, BoundaryValues, RequestId, Step};
 use crate::services::Services;
 use crate::transfer::wire::Message;
 
@@ -126,8 +127,14 @@ impl TransferStage {
             .iter()
             .map(|assigned| PrePrepare { request: assigned.request.body.clone(), attempt: assigned.attempt })
             .collect();
+        let traces = self.services.telemetry.traces();
+        let origins: Vec<_> = batch
+            .iter()
+            .filter_map(|assigned| Some((assigned.request.rd, traces.context(&assigned.request.rd.0)?)))
+            .collect();
         let signed = self.services.signer.sign_pre_prepares(pre_prepares).map_err(|error| error.to_string());
-        let frame = match signed.and_then(|signed| wire::requests(&signed).map_err(|error| error.to_string())) {
+        let frame = match signed.and_then(|signed| wire::requests(&signed, &origins).map_err(|error| error.to_string()))
+        {
             Ok(frame) => frame,
             Err(error) => {
                 for assigned in &batch {
@@ -139,6 +146,9 @@ impl TransferStage {
         };
         let reached: BTreeSet<&NodeId> =
             self.replicas().into_iter().filter(|node| peers.try_send(node, frame.clone()).is_ok()).collect();
+        for assigned in &batch {
+            traces.mark(&assigned.request.rd.0, Mark::new("transfer", "sent").count(reached.len()));
+        }
         let needed = self.services.topology.cluster.max_byzantine + 1;
         let short = self
             .services
@@ -169,13 +179,16 @@ impl TransferStage {
         }
         for boundary in batch {
             let Some(slice) = self.services.plan.slices.get(usize::from(boundary.slice)) else { continue };
-            let frame = match wire::boundary(boundary) {
-                Ok(frame) => frame,
-                Err(error) => {
-                    tracing::error!(rd = %boundary.rd, %error, "boundary values do not fit a frame");
-                    continue;
-                }
-            };
+            let frame =
+                match wire::boundary(boundary) {
+                    Ok(frame) => frame,
+                    Err(error) => {
+                        self.services.telemetry.traces().span(&boundary.rd.0).in_scope(
+                            || tracing::error!(rd = %boundary.rd, %error, "boundary values do not fit a frame"),
+                        );
+                        continue;
+                    }
+                };
             for node in &slice.replicas {
                 if let Err(error) = peers.try_send(node, frame.clone()) {
                     tracing::debug!(%node, %error, "boundary values were shed");
@@ -195,11 +208,20 @@ impl TransferStage {
     /// Takes a frame from a peer. Returns false when compute is gone.
     async fn deliver(&self, context: &StageContext, from: NodeId, frame: &Frame) -> bool {
         let steps = match wire::read(frame) {
-            Ok(Message::Requests(batch)) => self.opened(context, &from, &batch),
+            Ok(Message::Requests { batch, origins }) => self.opened(context, &from, &batch, &origins),
             Ok(Message::Cancels(requests)) => {
                 requests.into_iter().map(|rd| Step::Cancel { rd, gateway: from.clone() }).collect()
             }
-            Ok(Message::Boundary(boundary)) => vec![Step::Values { from, boundary }],
+            Ok(Message::Boundary(boundary)) => {
+                let rows = match &boundary.values {
+                    BoundaryValues::Rows { width, rows } => rows.len() / (*width).max(1) as usize,
+                    BoundaryValues::Tokens(tokens) => tokens.len(),
+                    BoundaryValues::Numeric | BoundaryValues::End => 0,
+                };
+                let hop = Mark::new("transfer", "hop").peer(&from).slice(boundary.slice).count(rows);
+                self.services.telemetry.traces().mark(&boundary.rd.0, hop);
+                vec![Step::Values { from, boundary }]
+            }
             Err(error) => {
                 tracing::warn!(%from, %error, "a peer sent what is no message");
                 Vec::new()
@@ -214,7 +236,13 @@ impl TransferStage {
     }
 
     /// Opens a signed batch of requests from a gateway.
-    fn opened(&self, context: &StageContext, from: &NodeId, batch: &[u8]) -> Vec<Step> {
+    fn opened(
+        &self,
+        context: &StageContext,
+        from: &NodeId,
+        batch: &[u8],
+        origins: &[(RequestId, TraceContext)],
+    ) -> Vec<Step> {
         let _verifying = context.states.verifying();
         if !self.is_gateway(from) {
             tracing::warn!(%from, "a node that runs no ingest stage sent requests");
@@ -235,11 +263,13 @@ impl TransferStage {
                 let expires_ms = pre_prepare.request.expires_ms;
                 expires_ms.saturating_add(SKEW_MS) > now_ms && expires_ms <= now_ms + LIFE_MS_MAX + SKEW_MS
             })
-            .map(|pre_prepare| Step::Open {
-                rd: pre_prepare.request.digest(),
-                body: pre_prepare.request,
-                attempt: pre_prepare.attempt,
-                gateway: from.clone(),
+            .map(|pre_prepare| {
+                let rd = pre_prepare.request.digest();
+                let traces = self.services.telemetry.traces();
+                traces.begin(rd.0, origins.iter().find(|(of, _)| *of == rd).map(|(_, origin)| origin));
+                traces.mark(&rd.0, Mark::new("transfer", "opened").peer(from));
+                let (body, attempt) = (pre_prepare.request, pre_prepare.attempt);
+                Step::Open { rd, body, attempt, gateway: from.clone() }
             })
             .collect()
     }

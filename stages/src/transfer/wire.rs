@@ -1,10 +1,12 @@
 //! What the transfer stages of two nodes say to each other.
 //!
-//! Requests and cancels are control messages in a canonical form, one byte of kind first. Boundary values are tensor
+//! Requests and cancels are control messages in a canonical form, one byte of kind first. Beside the signed batch of requests
+//! go their origins, outside of every digest: they are for people who follow a request, and decide nothing. Boundary values are tensor
 //! frames: [`BoundaryMeta`] as rkyv metadata, the values as payload. Everything read here comes from a peer: it is
 //! checked, and what does not hold is an error that the stage counts, never a panic.
 
 use butterfly_engine::frame::{Frame, FrameBuilder, FrameError};
+use butterfly_engine::telemetry::{REQUEST_ID_BYTES_MAX, TraceContext};
 use butterfly_verify::Digest;
 use bytes::Bytes;
 
@@ -12,6 +14,8 @@ use crate::items::{Boundary, BoundaryValues, RequestId};
 
 /// Cancels that one message may carry.
 pub const CANCELS_MAX: usize = 1024;
+/// Origins that one message may carry.
+pub const ORIGINS_MAX: usize = 256;
 /// Rows of one boundary frame.
 const ROWS_MAX: u32 = 4096;
 /// Elements of one row.
@@ -47,8 +51,13 @@ const CONTENT_NUMERIC: u8 = 3;
 /// A message from another transfer stage.
 #[derive(Debug)]
 pub enum Message {
-    /// Signed requests, to be opened by `Epoch::open_pre_prepares`.
-    Requests(Bytes),
+    /// Signed requests, to be opened by `Epoch::open_pre_prepares`, and where they come from as far as it is known.
+    Requests {
+        /// The signed batch.
+        batch: Bytes,
+        /// Origins by request; a name that is not in the batch means nothing.
+        origins: Vec<(RequestId, TraceContext)>,
+    },
     /// Requests nobody waits for.
     Cancels(Vec<RequestId>),
     /// Values for a slice.
@@ -76,13 +85,27 @@ pub enum WireError {
     },
 }
 
-/// Wraps a signed batch of requests.
+/// Wraps a signed batch of requests with their origins, of which the first [`ORIGINS_MAX`] are sent.
+///
+/// Layout behind the kind: number of origins (2 bytes), origins, batch. An origin is the request's digest (32), its trace (16),
+/// the client's span (8), flags (1), and the HTTP request's id (length 1, bytes).
 ///
 /// # Errors
 /// When the batch exceeds what a frame may carry.
-pub fn requests(batch: &[u8]) -> Result<Frame, FrameError> {
-    let mut frame = FrameBuilder::control(1 + batch.len())?;
-    frame.push(&[KIND_REQUESTS])?;
+pub fn requests(batch: &[u8], origins: &[(RequestId, TraceContext)]) -> Result<Frame, FrameError> {
+    let origins = origins.get(..ORIGINS_MAX).unwrap_or(origins);
+    let mut head = vec![KIND_REQUESTS];
+    head.extend_from_slice(&(origins.len() as u16).to_le_bytes());
+    for (rd, origin) in origins {
+        let id = &origin.request_id[..origin.request_id.floor_char_boundary(REQUEST_ID_BYTES_MAX)];
+        head.extend_from_slice(&rd.0);
+        head.extend_from_slice(&origin.trace_id);
+        head.extend_from_slice(&origin.parent_id);
+        head.extend_from_slice(&[origin.flags, id.len() as u8]);
+        head.extend_from_slice(id.as_bytes());
+    }
+    let mut frame = FrameBuilder::control(head.len() + batch.len())?;
+    frame.push(&head)?;
     frame.push(batch)?;
     frame.finish()
 }
@@ -133,13 +156,36 @@ pub fn boundary(boundary: &Boundary) -> Result<Frame, FrameError> {
 pub fn read(frame: &Frame) -> Result<Message, WireError> {
     let Some(control) = frame.control_bytes() else { return read_boundary(frame) };
     match control.split_first() {
-        Some((&KIND_REQUESTS, batch)) => Ok(Message::Requests(Bytes::copy_from_slice(batch))),
+        Some((&KIND_REQUESTS, rest)) => read_requests(rest).ok_or(WireError::Control),
         Some((&KIND_CANCELS, digests)) if digests.len() % 32 == 0 && digests.len() / 32 <= CANCELS_MAX => {
             let (chunks, _) = digests.as_chunks::<32>();
             Ok(Message::Cancels(chunks.iter().map(|bytes| Digest(*bytes)).collect()))
         }
         _ => Err(WireError::Control),
     }
+}
+
+fn read_requests(rest: &[u8]) -> Option<Message> {
+    let (count, mut rest) = rest.split_first_chunk::<2>()?;
+    let count = usize::from(u16::from_le_bytes(*count));
+    if count > ORIGINS_MAX {
+        return None;
+    }
+    let origins = (0..count).map(|_| read_origin(&mut rest)).collect::<Option<_>>()?;
+    Some(Message::Requests { batch: Bytes::copy_from_slice(rest), origins })
+}
+
+fn read_origin(rest: &mut &[u8]) -> Option<(RequestId, TraceContext)> {
+    let (rd, tail) = rest.split_first_chunk::<32>()?;
+    let (trace_id, tail) = tail.split_first_chunk::<16>()?;
+    let (parent_id, tail) = tail.split_first_chunk::<8>()?;
+    let ([flags, length], tail) = tail.split_first_chunk::<2>()?;
+    let (id, tail) = tail.split_at_checked(usize::from(*length))?;
+    // What a peer sends ends up in log lines, so it is held to what the HTTP edge takes.
+    let is_plain = id.iter().all(|byte| byte.is_ascii_alphanumeric() || b"._-".contains(byte));
+    let request_id = std::str::from_utf8(id).ok().filter(|_| is_plain && id.len() <= REQUEST_ID_BYTES_MAX)?.into();
+    *rest = tail;
+    Some((Digest(*rd), TraceContext { trace_id: *trace_id, parent_id: *parent_id, flags: *flags, request_id }))
 }
 
 fn read_boundary(frame: &Frame) -> Result<Message, WireError> {
@@ -210,11 +256,28 @@ mod tests {
     }
 
     #[test]
+    fn origins_travel_beside_the_requests_and_a_hostile_id_does_not() {
+        let parent = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
+        let origin = TraceContext::parse(parent, "req-1").unwrap();
+        let sent = vec![(Digest([1; 32]), origin.clone()), (Digest([2; 32]), TraceContext::new([7; 16], ""))];
+        let frame = requests(b"abc", &sent).unwrap();
+        let Message::Requests { batch, origins } = read(&frame).unwrap() else { panic!("requests") };
+        assert_eq!((&batch[..], origins), (&b"abc"[..], sent));
+        let bytes = frame.control_bytes().unwrap();
+        for cut in 1..bytes.len() - 3 {
+            let whole = read(&Frame::control(&bytes[..cut]).unwrap()).is_ok();
+            assert!(!whole, "cut at {cut}");
+        }
+        let hostile = TraceContext { request_id: "\x1b[2J".into(), ..origin };
+        let frame = requests(b"abc", &[(Digest([1; 32]), hostile)]).unwrap();
+        assert!(matches!(read(&frame), Err(WireError::Control)));
+    }
+
+    #[test]
     fn control_messages_survive_and_garbage_does_not() {
         let digests = vec![Digest([1; 32]), Digest([2; 32])];
         assert!(matches!(read(&cancels(&digests).unwrap()).unwrap(), Message::Cancels(got) if got == digests));
-        assert!(matches!(read(&requests(b"abc").unwrap()).unwrap(), Message::Requests(got) if &got[..] == b"abc"));
-        for garbage in [&b""[..], b"\x02abc", b"\x09"] {
+        for garbage in [&b""[..], b"\x02abc", b"\x09", b"\x01", b"\x01\x01\x00abc", b"\x01\x01\x01"] {
             assert!(matches!(read(&Frame::control(garbage).unwrap()), Err(WireError::Control)));
         }
     }

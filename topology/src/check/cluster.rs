@@ -46,6 +46,7 @@ pub(super) fn check(declared: &Declared<'_>, problems: &mut Vec<Diagnostic>) -> 
                 memory_bytes: node.values.bytes("memory"),
                 compute: node.values.number("compute"),
                 bandwidth: node.values.bytes("bandwidth"),
+                admin_address: node.values.address("admin_address"),
                 adversary: node.values.text("adversary").map(str::to_owned),
             });
         }

@@ -11,12 +11,9 @@ use crate::cluster::NodeSpec;
 use crate::name::NodeId;
 use crate::plan::{Lack, PlanError, PlanInput, SlicePlan};
 
+use super::forecast::REFERENCE_WORK_PER_SECOND;
 use super::load_balanced::{by_ability, fit};
 use super::{cut, replica_sets, replicas};
-
-/// Multiply-adds per second of a node whose relative speed is 1: what relates work to bytes sent. About one core of a
-/// laptop on weights that come from memory.
-const REFERENCE_WORK_PER_SECOND: f64 = 4e9;
 
 pub(super) fn slices(input: &PlanInput<'_>) -> Result<Vec<SlicePlan>, PlanError> {
     measured(input)?;

@@ -14,11 +14,18 @@ use crate::value::{ConfigValue, StageConfig, type_name};
 use super::{InputDecl, Reader, Span, StageDecl, entry, key, list, plural, required};
 
 /// The most inputs of one stage.
-const INPUTS_MAX: usize = 256;
+pub(crate) const INPUTS_MAX: usize = 256;
 
-const CAPACITY: ValueSpec = ValueSpec::Integer { min: 1, max: CAPACITY_ITEMS_MAX as i64 };
-const CAPACITY_BYTES: ValueSpec = ValueSpec::Bytes { min: 1, max: CAPACITY_BYTES_MAX };
-const FULL: &[&str] = &["wait", "reject"];
+pub(crate) const CAPACITY: ValueSpec = ValueSpec::Integer { min: 1, max: CAPACITY_ITEMS_MAX as i64 };
+pub(crate) const CAPACITY_BYTES: ValueSpec = ValueSpec::Bytes { min: 1, max: CAPACITY_BYTES_MAX };
+pub(crate) const FULL: &[&str] = &["wait", "reject"];
+
+/// Keys of an input that is written as a table.
+pub(crate) const INPUT_KEYS: &[KeySpec] = &[
+    required("from", "where the items come from: \"stage\" or \"stage.port\"", ValueSpec::Text),
+    key("to", "the input port they enter", ValueSpec::Text),
+    key("feedback", "whether this edge closes a loop", ValueSpec::Flag),
+];
 
 impl<'c> Reader<'c, '_> {
     pub(super) fn stage(&mut self, table: &DeTable<'_>, header: Span) -> StageDecl<'c> {
@@ -236,11 +243,6 @@ impl<'c> Reader<'c, '_> {
 
     /// `{ from = "stage.port", to = "port", feedback = true }`.
     fn input_table(&mut self, what: &str, table: &DeTable<'_>, span: Span) -> Option<InputDecl> {
-        const INPUT_KEYS: &[KeySpec] = &[
-            required("from", "where the items come from: \"stage\" or \"stage.port\"", ValueSpec::Text),
-            key("to", "the input port they enter", ValueSpec::Text),
-            key("feedback", "whether this edge closes a loop", ValueSpec::Flag),
-        ];
         let values = self.values(&format!("an input of {what}"), table, &span, INPUT_KEYS, &[]);
         let from = values.text("from")?;
         let mut input = self.reference(from, values.place("from").unwrap_or(span))?;

@@ -58,6 +58,11 @@ impl Failure {
         self
     }
 
+    /// What happened, and what can be done about it.
+    pub(crate) fn parts(&self) -> (&str, Option<&str>) {
+        (&self.message, self.help.as_deref())
+    }
+
     pub(crate) fn code(&self) -> ExitCode {
         ExitCode::from(self.exit as u8)
     }

@@ -10,8 +10,8 @@ use std::path::{Path, PathBuf};
 use std::str::FromStr;
 
 use butterfly::registry::catalogue;
-use butterfly_topology::NodeId;
 use butterfly_topology::cluster::NODES_MAX;
+use butterfly_topology::{NodeId, TelemetrySpec};
 use clap::ValueEnum;
 use k256::ecdsa::{SigningKey, VerifyingKey};
 use serde_json::json;
@@ -26,6 +26,8 @@ use template::{Member, Template};
 
 /// First port of a cluster on one machine.
 const FIRST_PORT: u16 = 9000;
+/// First port of the admin listeners of a machine.
+const FIRST_ADMIN_PORT: u16 = 9100;
 /// Where the first gateway takes requests.
 const HTTP_ADDRESS: &str = "127.0.0.1:8080";
 
@@ -147,7 +149,8 @@ fn demo(args: &Args, global: &Global) -> Result<(), Failure> {
         let id = NodeId::parse(&format!("n{index}")).map_err(|error| Failure::usage(error.to_string()))?;
         let key = key_file::generate();
         let address = SocketAddr::from((Ipv4Addr::LOCALHOST, FIRST_PORT + index));
-        members.push(Member { id: id.clone(), public_key: key_file::public_hex(&key), address });
+        let admin = admin_address(FIRST_ADMIN_PORT + index);
+        members.push(Member { id: id.clone(), public_key: key_file::public_hex(&key), address, admin });
         keys.push((id, key));
     }
     let topology = write_topology(args, members)?;
@@ -173,11 +176,14 @@ fn gateway(args: &Args, global: &Global) -> Result<(), Failure> {
     let topology = args.dir.join("topology.toml");
     refuse_existing(&topology)?;
     let (key, is_new) = own_key(&key_file::beside(&topology, id.as_str()))?;
-    let mut members = vec![Member { id: id.clone(), public_key: key_file::public_hex(&key), address }];
+    // Each on its own machine, where the port is free.
+    let admin = admin_address(FIRST_ADMIN_PORT);
+    let mut members = vec![Member { id: id.clone(), public_key: key_file::public_hex(&key), address, admin }];
     members.extend(args.peer.iter().map(|peer| Member {
         id: peer.id.clone(),
         public_key: peer.public_key.clone(),
         address: peer.address,
+        admin,
     }));
     let topology = write_topology(args, members)?;
     if is_new {
@@ -200,6 +206,7 @@ fn node(args: &Args, global: &Global) -> Result<(), Failure> {
     let path = key_file::beside(&args.dir.join("topology.toml"), id.as_str());
     let key = key_file::generate();
     key_file::write(&path, &key)?;
+    write_token(&args.dir)?;
     let peer = Peer { id, public_key: key_file::public_hex(&key), address };
     if global.json {
         return global.print_json(&json!({
@@ -266,7 +273,28 @@ fn write_topology(args: &Args, members: Vec<Member>) -> Result<PathBuf, Failure>
     }
     std::fs::create_dir_all(&args.dir).map_err(|error| Failure::file("create", &args.dir, &error))?;
     write_new(&topology, &text)?;
+    let schema = serde_json::to_string_pretty(&butterfly_topology::json_schema(&catalogue()))
+        .map_err(|error| Failure::new(Exit::Failure, format!("the schema cannot be written: {error}")))?;
+    let path = args.dir.join("topology.schema.json");
+    std::fs::write(&path, schema + "\n").map_err(|error| Failure::file("write", &path, &error))?;
+    write_token(&args.dir)?;
     Ok(topology)
+}
+
+fn admin_address(port: u16) -> SocketAddr {
+    SocketAddr::from((Ipv4Addr::LOCALHOST, port))
+}
+
+/// The secret of the admin listeners of this machine, unless there is one already.
+fn write_token(dir: &Path) -> Result<(), Failure> {
+    let path = dir.join(TelemetrySpec::default().admin_token_file);
+    if path.exists() {
+        return Ok(());
+    }
+    let mut secret = [0; 32];
+    getrandom::fill(&mut secret)
+        .map_err(|error| Failure::environment(format!("the system gives no random bytes: {error}")))?;
+    key_file::write_secret(&path, &format!("{}\n", hex::encode(secret)))
 }
 
 fn write_new(path: &Path, text: &str) -> Result<(), Failure> {

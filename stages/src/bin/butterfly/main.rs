@@ -4,19 +4,31 @@
 //! Data goes to standard output, everything else to standard error, so that a pipe sees only data. Secrets are never
 //! arguments: they are files that only their owner can read.
 
+mod activity;
+mod admin_client;
 mod api_key;
 mod bench;
 mod check;
+mod completions;
 mod demo;
+mod doctor;
 mod exit;
 mod global;
 mod graph;
 mod init;
 mod key_file;
 mod keygen;
+mod lock;
+mod plan;
+mod schema;
 mod serve;
 mod settings;
+mod status;
+mod table;
+mod tap;
+mod top;
 mod topology_file;
+mod trace;
 mod verify;
 mod version;
 
@@ -64,10 +76,18 @@ enum Command {
     Init(init::Args),
     Check(check::Args),
     Graph(graph::Args),
+    Plan(plan::Args),
     Serve(serve::Args),
+    Status(status::Args),
+    Top(top::Args),
+    Tap(tap::Args),
+    Trace(trace::Args),
     Verify(verify::Args),
     Bench(bench::Args),
     Keygen(keygen::Args),
+    Doctor(doctor::Args),
+    Schema(schema::Args),
+    Completions(completions::Args),
     Version(version::Args),
 }
 
@@ -102,10 +122,18 @@ fn run(cli: &Cli) -> Result<(), Failure> {
         Command::Init(args) => init::run(args, global),
         Command::Check(args) => check::run(args, global),
         Command::Graph(args) => graph::run(args, global),
+        Command::Plan(args) => plan::run(args, global),
         Command::Serve(args) => serve::run(args, global),
+        Command::Status(args) => status::run(args, global),
+        Command::Top(args) => top::run(args, global),
+        Command::Tap(args) => tap::run(args, global),
+        Command::Trace(args) => trace::run(args, global),
         Command::Verify(args) => verify::run(args, global),
         Command::Bench(args) => bench::run(args, global),
         Command::Keygen(args) => keygen::run(args, global),
+        Command::Doctor(args) => doctor::run(args, global),
+        Command::Schema(args) => schema::run(args, global),
+        Command::Completions(args) => completions::run(args, global),
         Command::Version(args) => version::run(args, global),
     }
 }

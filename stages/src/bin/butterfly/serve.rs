@@ -13,7 +13,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use crate::exit::{Exit, Failure};
 use crate::global::Global;
-use crate::{key_file, topology_file};
+use crate::{key_file, lock, topology_file};
 
 /// Run a node, or every node of a topology
 #[derive(clap::Args)]
@@ -67,13 +67,13 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<(), Failure> {
         .enable_all()
         .build()
         .map_err(|error| Failure::environment(format!("the runtime does not start: {error}")))?;
-    let served = runtime.block_on(serve(&topology, options, &base_dir));
+    let served = runtime.block_on(serve(&topology, options, &args.file));
     // What still blocks after a forced stop must not keep the process.
     runtime.shutdown_background();
     served
 }
 
-async fn serve(topology: &Topology, options: Vec<NodeOptions>, base_dir: &Path) -> Result<(), Failure> {
+async fn serve(topology: &Topology, options: Vec<NodeOptions>, file: &Path) -> Result<(), Failure> {
     let unavailable = |error: std::io::Error| Failure::environment(format!("signals cannot be received: {error}"));
     let mut terminate = signal(SignalKind::terminate()).map_err(unavailable)?;
     let mut interrupt = signal(SignalKind::interrupt()).map_err(unavailable)?;
@@ -82,7 +82,10 @@ async fn serve(topology: &Topology, options: Vec<NodeOptions>, base_dir: &Path) 
         let node = options.node.clone();
         nodes.push(Node::start(options).await.map_err(|error| cannot(&node, &error))?);
     }
-    write_epoch(topology, &nodes, base_dir)?;
+    if let Some(node) = nodes.first() {
+        lock::check(file, &node.services().plan, &node.services().epoch)?;
+    }
+    write_epoch(topology, &nodes, file.parent().unwrap_or(Path::new("")))?;
     tokio::select! {
         () = all_ready(&nodes) => announce(&nodes),
         _ = any_failed(&nodes) => {}
@@ -130,6 +133,9 @@ fn announce(nodes: &[Node]) {
         match node.http_address() {
             Some(address) => tracing::info!(node = %services.node, "ready: http://{address}"),
             None => tracing::info!(node = %services.node, "ready"),
+        }
+        if let Some(address) = node.admin_address() {
+            tracing::info!(node = %services.node, "watched at http://{address}, with the secret of admin_token_file");
         }
     }
 }

@@ -17,6 +17,8 @@ pub(super) struct Member {
     /// Compressed, in hex.
     pub(super) public_key: String,
     pub(super) address: SocketAddr,
+    /// Where its admin listener binds.
+    pub(super) admin: SocketAddr,
 }
 
 pub(super) struct Template<'a> {
@@ -41,10 +43,11 @@ impl Template<'_> {
         for (index, member) in self.members.iter().enumerate() {
             write!(
                 text,
-                "\n[[node]]\nid = {}\nlisten_address = \"{}\"\npublic_key = \"{}\"\n",
+                "\n[[node]]\nid = {}\nlisten_address = \"{}\"\npublic_key = \"{}\"\nadmin_address = \"{}\"\n",
                 quoted(member.id.as_str()),
                 member.address,
                 member.public_key,
+                member.admin,
             )?;
             if index == 0 {
                 text.push_str(NODE_HINTS);
@@ -63,7 +66,8 @@ impl Template<'_> {
         };
         write!(
             text,
-            "# The whole cluster: every node runs this same file with its own id. Secrets are never in it.
+            "#:schema ./topology.schema.json
+# The whole cluster: every node runs this same file with its own id. Secrets are never in it.
 # After a change: butterfly check topology.toml
 
 [cluster]
@@ -137,8 +141,9 @@ input = \"consensus\"
 log = \"commit.redb\"           # in the node's own data folder
 
 [telemetry]
-collector_type = \"prometheus\"
+collector_type = \"prometheus\"  # scraped at each admin_address under /metrics; or console, json: written to standard output
 export_interval_secs = 60
+admin_token_file = \"admin.token\" # opens the admin listeners; only its owner may read it
 ",
             self.http_address,
         )
@@ -164,6 +169,7 @@ mod tests {
                     id: NodeId::parse(&format!("n{index}")).unwrap(),
                     public_key: key_file::public_hex(&key_file::generate()),
                     address: SocketAddr::from(([127, 0, 0, 1], 9000 + u16::from(index))),
+                    admin: SocketAddr::from(([127, 0, 0, 1], 9100 + u16::from(index))),
                 })
                 .collect();
             let template = Template {
