@@ -219,7 +219,7 @@ async fn a_request_is_followed_over_every_node() {
         }
     }
     let whats: Vec<&Value> = gateway["marks"].as_array().unwrap().iter().map(|mark| &mark["what"]).collect();
-    for what in ["admitted", "planned", "running", "sent", "decided", "written", "answered"] {
+    for what in ["admitted", "planned", "running", "sent", "hop", "decided", "written", "answered"] {
         assert!(whats.iter().any(|known| **known == what), "{what}: {whats:?}");
     }
     for id in ["task-req-follow", "0af7651916cd43dd8448eb211c80319c"] {

@@ -223,7 +223,7 @@ fn a_setting_goes_over_the_environment_and_that_over_the_file() {
 fn graph_draws_the_seven_stages() {
     let folder = tempfile::tempdir().unwrap();
     init(folder.path());
-    for format in ["dot", "mermaid", "json"] {
+    for format in ["dot", "mermaid", "svg", "json"] {
         let output = butterfly(folder.path(), &["graph", "cluster/topology.toml", "--format", format]);
         assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
         for kind in ["ingest", "partition", "assign", "transfer", "compute", "consensus", "commit"] {

@@ -1,6 +1,8 @@
-//! The graph as text for people: dot (Graphviz) and mermaid.
+//! The graph for people: dot (Graphviz), mermaid, and a picture of its own.
 //!
 //! Names come from a file, so everything that enters the output is escaped for where it stands.
+
+mod svg;
 
 use std::fmt::Write as _;
 
@@ -9,6 +11,8 @@ use crate::graph::{EdgeSpec, StageSpec};
 use crate::name::StageName;
 use crate::plan::bytes_text;
 use crate::topology::Topology;
+
+pub use svg::svg;
 
 /// The graph in the language of Graphviz: item types and bounds on the edges, feedback edges dashed.
 #[must_use]

@@ -14,6 +14,9 @@ fn survive(text: &str) {
         Ok(topology) => {
             assert!(render::dot(&topology).ends_with("}\n"));
             assert!(render::mermaid(&topology).starts_with("flowchart"));
+            let picture = render::svg(&topology);
+            assert!(picture.starts_with("<svg ") && picture.ends_with("</svg>\n"));
+            assert_eq!(picture.matches("<rect ").count(), 1 + topology.graph.stages.len());
             assert!(!topology.warnings.render(false).contains('\u{1b}'));
         }
         Err(problems) => {

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 
-use butterfly_topology::planner::{plan, plan_or_degrade};
+use butterfly_topology::planner::{forecast, plan, plan_or_degrade};
 use butterfly_topology::{Lack, LayerCost, NodeId, NodeSpec, Plan, PlanError, PlanInput, Strategy};
 use proptest::prelude::*;
 use proptest::strategy::Strategy as Generator;
@@ -278,6 +278,31 @@ fn replicas_of_a_slice_avoid_each_others_domains() {
     let asked = PlanInput { slices: Some(2), ..input(&layers, &nodes, 1) };
     let made = plan(Strategy::Uniform, &asked).unwrap();
     assert_eq!(replicas(&made), [["n0", "n1", "n4"], ["n2", "n3", "n5"]]);
+}
+
+#[test]
+fn a_forecast_adds_up() {
+    // Two slices of two and four layers, 1e8 multiply-adds each; 64 bytes cross at 1 MB/s.
+    let mut layers = vec![LayerCost { boundary_bytes: 1 << 20, ..layer() }; 6];
+    layers[1].boundary_bytes = 64;
+    let nodes: Vec<NodeSpec> =
+        (0..3).map(|i| NodeSpec { bandwidth: Some(1_000_000), ..measured(i, 1.0, "a") }).collect();
+    let input = PlanInput { slices: Some(2), ..input(&layers, &nodes, 0) };
+    let made = plan(Strategy::TopologyAware, &input).unwrap();
+    assert_eq!(sizes(&made), [2, 4]);
+    let told = forecast(&made, &input, 1e9);
+    let near = |value: f64, expected: f64| assert!((value - expected).abs() < 1e-9, "{value} is not {expected}");
+    near(told.slices[0].compute_seconds, 0.2);
+    near(told.slices[1].compute_seconds, 0.4);
+    near(told.slices[1].crossing_seconds, 64e-6);
+    near(told.step_seconds, 0.6 + 2.0 * 64e-6);
+    near(told.tokens_per_second, 2.5);
+    near(told.quality, 0.75);
+    assert_eq!((told.slowest_slice, told.slices[0].weight_bytes), (1, GIB / 2));
+    let links: Vec<_> = told.links.iter().map(|link| (link.from_slice, link.to_slice, link.bytes_per_token)).collect();
+    assert_eq!(links, [(0, 1, 64), (1, 0, 4)]);
+    assert_eq!(told.rejected.len(), 1);
+    assert!(told.rejected[0].reason.contains("asks for 2 slices"), "{:?}", told.rejected);
 }
 
 #[test]

@@ -67,6 +67,7 @@ struct Tap {
 #[derive(Debug)]
 pub struct TapStream {
     items: mpsc::Receiver<Tapped>,
+    left: usize,
 }
 
 /// Why there is no tap.
@@ -95,11 +96,13 @@ impl TapStream {
             open.push(Tap { request, sender: sender.clone(), left, next: Duration::ZERO, missed: 0 });
             edge.listening.store(open.len(), Ordering::Release);
         }
-        Ok(Self { items })
+        Ok(Self { items, left: request.limit })
     }
 
     /// The next item; `None` when as many as were asked for have passed. Safe to cancel.
     pub async fn recv(&mut self) -> Option<Tapped> {
+        // An edge on which nothing passes any more does not notice that the others have had enough.
+        self.left = self.left.checked_sub(1)?;
         self.items.recv().await
     }
 }
@@ -134,8 +137,10 @@ impl Taps {
             };
             let item = show(tap.request.payload);
             room.send(Tapped { edge: label.to_string(), unix_ms, bytes, missed: tap.missed, item });
-            tap.left.store(left - 1, Ordering::Relaxed);
-            left > 1
+            // Another edge may have shown the last one just now; the stream takes no more than were asked for.
+            tap.left
+                .fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1))
+                .is_ok_and(|left| left > 1)
         });
         self.listening.store(taps.len(), Ordering::Release);
     }

@@ -9,6 +9,7 @@ use butterfly_verify::{Answer, Input};
 use serde_json::{Value, json};
 
 use super::{Boundary, BoundaryValues, Decided, Finished, Outcome, Request, Step};
+use crate::model::Sampled;
 
 /// Numbers of a payload that are shown.
 const NUMBERS_MAX: usize = 1024;
@@ -85,7 +86,7 @@ pub(super) fn outcome(outcome: &Outcome, payload: bool) -> Value {
                 "item": "delta", "request": rd, "attempt": attempt, "index": index, "tokens": tokens.len(),
             });
             if payload {
-                view["payload"] = json!(first(tokens));
+                view["payload"] = ids(tokens);
             }
             view
         }
@@ -108,7 +109,7 @@ pub(super) fn decided(decided: &Decided, payload: bool) -> Value {
         Decided::Progress { rd, index, tokens } => {
             let mut view = json!({ "item": "progress", "request": rd, "index": index, "tokens": tokens.len() });
             if payload {
-                view["payload"] = json!(first(tokens));
+                view["payload"] = ids(tokens);
             }
             view
         }
@@ -132,6 +133,10 @@ fn answer(answer: &Answer) -> Value {
         Answer::Vector { values } => json!(first(values)),
         Answer::Numeric { tokens, .. } => json!({ "tokens": first(tokens), "numeric": true }),
     }
+}
+
+fn ids(tokens: &[Sampled]) -> Value {
+    json!(first(tokens).iter().map(|sampled| sampled.token).collect::<Vec<u32>>())
 }
 
 fn first<T>(numbers: &[T]) -> &[T] {

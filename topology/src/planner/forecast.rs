@@ -153,9 +153,10 @@ fn rejected(plan: &Plan, input: &PlanInput<'_>, slices: &[SliceForecast]) -> Vec
             let left = input.nodes.len() - held.len().min(input.nodes.len());
             let speed = node.compute.map_or_else(|| "of unknown speed".to_owned(), |speed| format!("of speed {speed}"));
             return format!(
-                "{} nodes make {} replica sets of {size}; {left} {} over, and this one, {speed}, comes last",
+                "{} nodes make {} replica set{} of {size}; {left} {} over, and this one, {speed}, comes last",
                 input.nodes.len(),
                 plan.slices.len(),
+                if plan.slices.len() == 1 { "" } else { "s" },
                 if left == 1 { "is" } else { "are" },
             );
         }

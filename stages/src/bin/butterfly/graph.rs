@@ -16,6 +16,7 @@ use crate::topology_file;
     help_template = crate::HELP,
     before_help = "Examples:
   butterfly graph topology.toml | dot -Tsvg > graph.svg     a picture, with Graphviz
+  butterfly graph topology.toml --format svg > graph.svg    a picture, without it
   butterfly graph topology.toml --format mermaid            for Markdown
   butterfly graph topology.toml --format json               for a program
 "
@@ -33,6 +34,7 @@ pub(crate) struct Args {
 enum Format {
     Dot,
     Mermaid,
+    Svg,
     Json,
 }
 
@@ -42,6 +44,7 @@ pub(crate) fn run(args: &Args, global: &Global) -> Result<(), Failure> {
     match format {
         Format::Dot => global.print(render::dot(&topology).trim_end()),
         Format::Mermaid => global.print(render::mermaid(&topology).trim_end()),
+        Format::Svg => global.print(render::svg(&topology).trim_end()),
         Format::Json => global.print_json(&json!({
             "cluster": topology.cluster.name,
             "stages": topology.graph.stages,
