@@ -3,23 +3,37 @@
 //! Latency is counted from the time a request was scheduled to be sent, so a server that stalls shows in the figures instead
 //! of slowing the load down. Figures are of this machine and this moment; compare two runs made in turn, not two documents.
 
+mod arrivals;
+mod bottleneck;
 mod client;
+mod compare;
+mod draw;
+mod environment;
+mod honesty;
+mod html;
 mod load;
+mod observe;
+mod plot;
+mod record;
 mod report;
+mod run;
+mod soak;
+mod sweep;
 mod target;
 mod workload;
 
+use std::fmt::Display;
 use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::Duration;
 
-use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
+use serde::Serialize;
 
-use crate::load::Load;
-use crate::report::Report;
-use crate::target::Target;
-use crate::workload::Workload;
+use crate::compare::Threshold;
+use crate::honesty::SelftestArgs;
+use crate::run::{LoadArgs, RunArgs};
+use crate::soak::SoakArgs;
+use crate::sweep::Search;
 
 #[derive(Parser)]
 #[command(
@@ -28,9 +42,11 @@ use crate::workload::Workload;
     about = "Load and profiles of a Butterfly cluster.",
     before_help = "Examples:
   butterfly bench serve --workload mlp --rate 1000          three nodes in this process, verified vectors
-  butterfly bench serve --workload completions --rate 5     text, streamed, on the built-in model
-  butterfly bench serve --url http://127.0.0.1:8080 --rate 20 --workload completions
+  butterfly bench serve --workload completions --rate 5 --slo ttft=200ms,itl=50ms
+  butterfly bench serve --url http://127.0.0.1:8080 --rate 20 --workload completions --out run
+  butterfly bench sweep --workload mlp --rate 200           how much it takes
   butterfly bench stage --workload mlp --rate 500           where the time of each stage and edge goes
+  butterfly bench compare before after --fail-on 'ttft.p99>+5%'
 "
 )]
 struct Cli {
@@ -43,53 +59,62 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Command {
-    /// Requests at a fixed rate, whatever the answers (open loop): rates, errors and latencies.
-    Serve(Run),
+    /// Requests on schedule, whatever the answers (open loop): rates, errors, latencies and goodput.
+    Serve(RunArgs),
     /// The same load, and the profile of every stage and edge of every node.
-    Stage(Run),
+    Stage(RunArgs),
+    /// Rates from --rate upwards until the cluster no longer keeps up, and the knee.
+    Sweep(SweepArgs),
+    /// Whether memory stays flat over many requests and streams, cancelled ones among them.
+    Soak(SoakArgs),
+    /// Whether the harness finds what is done to a cluster on purpose: a slowed stage, a stopped server.
+    Selftest(SelftestArgs),
+    /// Starts the own cluster, prints its address, and runs until standard input ends.
+    Host(LoadArgs),
+    /// Two reports side by side; exit status 99 if a threshold is crossed.
+    Compare(CompareArgs),
 }
 
 #[derive(Args)]
-struct Run {
-    /// A gateway to load; without it a cluster of its own is started in this process.
-    #[arg(long)]
-    url: Option<String>,
-    /// What is asked.
-    #[arg(long, value_enum, default_value = "mlp")]
-    workload: Workload,
-    /// Requests per second.
-    #[arg(long, default_value_t = 500.0)]
-    rate: f64,
-    /// Seconds of load.
-    #[arg(long, default_value_t = 10)]
-    duration: u64,
-    /// Seconds of load before anything is counted.
-    #[arg(long, default_value_t = 2)]
-    warm_up: u64,
-    /// Connections, and so requests under way at once.
-    #[arg(long, default_value_t = 128)]
-    connections: usize,
-    /// Tokens of each completion.
-    #[arg(long, default_value_t = 32)]
-    max_tokens: u32,
-    /// Nodes that may lie, of the own cluster.
-    #[arg(long, default_value_t = 1)]
-    max_byzantine: usize,
-    /// Slices of the own cluster.
-    #[arg(long, default_value_t = 1)]
-    slices: usize,
-    /// Threads of a forward pass, on each node of the own cluster.
-    #[arg(long, default_value_t = 1)]
-    threads: usize,
-    /// Where to write report.json and the latency histograms (*.hgrm).
-    #[arg(long)]
+struct SweepArgs {
+    #[command(flatten)]
+    load: LoadArgs,
+    /// Each rate over the one before.
+    #[arg(long, default_value_t = 1.5)]
+    factor: f64,
+    /// How often the gap around the knee is halved.
+    #[arg(long, default_value_t = 3)]
+    halvings: u32,
+    /// Where to write report.json, report.csv and report.html.
+    #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct CompareArgs {
+    /// The run before: report.json, or its folder.
+    before: PathBuf,
+    /// The run after.
+    after: PathBuf,
+    /// A threshold: a column of report.csv, > or <, and a change in percent (+5%), a change (+0), or a value (200). May be
+    /// given several times.
+    #[arg(long, value_name = "THRESHOLD")]
+    fail_on: Vec<Threshold>,
+}
+
+/// How a command ended, if it did not fail.
+#[derive(PartialEq, Eq)]
+enum Ended {
+    Well,
+    /// An objective was breached.
+    Breached,
 }
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
     match run(&cli) {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(Ended::Well) => ExitCode::SUCCESS,
+        Ok(Ended::Breached) => ExitCode::from(99),
         Err(error) => {
             eprintln!("error: {error:#}");
             ExitCode::FAILURE
@@ -97,49 +122,85 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(cli: &Cli) -> anyhow::Result<()> {
-    let (args, with_stages) = match &cli.command {
-        Command::Serve(args) => (args, false),
-        Command::Stage(args) => (args, true),
-    };
-    anyhow::ensure!(args.rate.is_finite() && args.rate > 0.0, "--rate is {}; it must be more than 0", args.rate);
-    anyhow::ensure!(args.connections > 0, "--connections must be at least 1");
-    anyhow::ensure!(!with_stages || args.url.is_none(), "`stage` profiles a cluster of its own; drop --url");
+fn run(cli: &Cli) -> anyhow::Result<Ended> {
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let report = runtime.block_on(measure(args, with_stages))?;
-    if let Some(folder) = &args.out {
-        report.write(folder).with_context(|| format!("writing the report to {}", folder.display()))?;
-    }
-    if cli.json {
-        println!("{}", serde_json::to_string_pretty(&report)?);
-    } else {
-        print!("{report}");
-    }
-    anyhow::ensure!(report.ok > 0, "no request was answered");
-    Ok(())
+    runtime.block_on(async {
+        match &cli.command {
+            Command::Serve(args) => serve(args, false, cli.json).await,
+            Command::Stage(args) => serve(args, true, cli.json).await,
+            Command::Sweep(args) => sweep(args, cli.json).await,
+            Command::Soak(args) => soak(args, cli.json).await,
+            Command::Selftest(args) => {
+                let verdict = args.run().await?;
+                print(cli.json, &verdict)?;
+                anyhow::ensure!(verdict.holds(), "the harness does not find what it should");
+                Ok(Ended::Well)
+            }
+            Command::Host(args) => host(args).await,
+            Command::Compare(args) => compare(args, cli.json),
+        }
+    })
 }
 
-async fn measure(args: &Run, with_stages: bool) -> anyhow::Result<Report> {
-    let target = match &args.url {
-        Some(url) => Target::remote(url)?,
-        None => {
-            Target::start(&target::Own {
-                model: args.workload.model().into(),
-                max_byzantine: args.max_byzantine,
-                slices: args.slices,
-                threads: args.threads,
-            })
-            .await?
-        }
-    };
-    let load =
-        Load { rate: args.rate, connections: args.connections, workload: args.workload, max_tokens: args.max_tokens };
-    if args.warm_up > 0 {
-        load.run(target.address(), Duration::from_secs(args.warm_up)).await?;
+async fn serve(args: &RunArgs, shows_stages: bool, json: bool) -> anyhow::Result<Ended> {
+    let mut report = args.run().await?;
+    report.shows_stages = shows_stages;
+    if let Some(folder) = &args.out {
+        report.write(folder)?;
     }
-    let measured = load.run(target.address(), Duration::from_secs(args.duration)).await?;
-    let checked = target.check_receipts(&measured.receipts).await?;
-    let profiles = if with_stages { target.profiles() } else { Vec::new() };
-    target.stop().await?;
-    Ok(Report::new(&load, &measured, checked, profiles))
+    print(json, &report)?;
+    anyhow::ensure!(report.ok > 0, "no request was answered");
+    Ok(Ended::Well)
+}
+
+async fn sweep(args: &SweepArgs, json: bool) -> anyhow::Result<Ended> {
+    anyhow::ensure!(args.factor > 1.0 && args.factor <= 100.0, "--factor is {}; it must be more than 1", args.factor);
+    let ready = args.load.ready().await?;
+    let search = Search { from: args.load.rate(), factor: args.factor, halvings: args.halvings.min(16) };
+    let sweep = search.run(|rate| {
+        eprintln!("at {rate:.1} per second …");
+        ready.at_rate(rate)
+    });
+    let sweep = sweep.await?;
+    ready.stop().await?;
+    if let Some(folder) = &args.out {
+        sweep.write(folder)?;
+    }
+    print(json, &sweep)?;
+    Ok(Ended::Well)
+}
+
+async fn soak(args: &SoakArgs, json: bool) -> anyhow::Result<Ended> {
+    let soak = args.run().await?;
+    if let Some(folder) = &args.out {
+        std::fs::create_dir_all(folder)?;
+        std::fs::write(folder.join("soak.json"), serde_json::to_string_pretty(&soak)?)?;
+    }
+    print(json, &soak)?;
+    Ok(if soak.holds() { Ended::Well } else { Ended::Breached })
+}
+
+async fn host(args: &LoadArgs) -> anyhow::Result<Ended> {
+    anyhow::ensure!(!args.is_remote(), "`host` starts a cluster of its own; drop --url");
+    let ready = args.ready().await?;
+    println!("{}", ready.target().gateway().url());
+    tokio::task::spawn_blocking(|| std::io::copy(&mut std::io::stdin(), &mut std::io::sink())).await??;
+    ready.stop().await?;
+    Ok(Ended::Well)
+}
+
+fn compare(args: &CompareArgs, json: bool) -> anyhow::Result<Ended> {
+    let (before, after) = (compare::read(&args.before)?, compare::read(&args.after)?);
+    let comparison = compare::compare(&before, &after, &args.fail_on)?;
+    print(json, &comparison)?;
+    Ok(if comparison.breaches.is_empty() { Ended::Well } else { Ended::Breached })
+}
+
+fn print<T: Serialize + Display>(json: bool, found: &T) -> anyhow::Result<()> {
+    if json {
+        println!("{}", serde_json::to_string_pretty(found)?);
+    } else {
+        print!("{found}");
+    }
+    Ok(())
 }

@@ -113,6 +113,26 @@ impl EdgeMeters {
         self.bytes.load(Ordering::Relaxed)
     }
 
+    /// Its two ends.
+    pub fn label(&self) -> &EdgeLabel {
+        &self.label
+    }
+
+    /// Its room in items.
+    pub fn capacity_items(&self) -> u64 {
+        self.capacity_items as u64
+    }
+
+    /// How long sends waited for room.
+    pub fn send(&self) -> &Timing {
+        &self.send
+    }
+
+    /// How long items waited in the queue.
+    pub fn queue(&self) -> &Timing {
+        &self.queue
+    }
+
     fn profile(&self) -> EdgeProfile {
         EdgeProfile {
             from: self.label.from.clone(),
@@ -171,6 +191,14 @@ impl GraphMeters {
             return Err(TapError::NoEdge(stage.to_owned()));
         }
         TapStream::on(taps.into_iter(), request)
+    }
+
+    pub(super) fn stages(&self) -> Vec<(StageName, StageStates)> {
+        lock(&self.stages).clone()
+    }
+
+    pub(super) fn edges(&self) -> Vec<Arc<EdgeMeters>> {
+        lock(&self.edges).clone()
     }
 
     pub(super) fn stage_profiles(&self) -> Vec<StageProfile> {

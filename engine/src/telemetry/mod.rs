@@ -134,6 +134,16 @@ impl Telemetry {
         self.graph.stage(name)
     }
 
+    /// The accounts of all stages, in the order of the graph.
+    pub fn stages(&self) -> Vec<(StageName, StageStates)> {
+        self.graph.stages()
+    }
+
+    /// The accounts of all edges, in the order of the graph.
+    pub fn edges(&self) -> Vec<Arc<EdgeMeters>> {
+        self.graph.edges()
+    }
+
     /// Opens the account of an edge, in place of an earlier one between the same ends.
     pub fn open_edge(&self, label: EdgeLabel, bounds: Bounds) -> Arc<EdgeMeters> {
         let meters = Arc::new(EdgeMeters::new(label, bounds.items, bounds.bytes));
