@@ -28,6 +28,8 @@ pub struct Loopback {
     pub max_byzantine: usize,
     /// Slices; each is held by 2f+1 nodes of its own.
     pub slices: usize,
+    /// Nodes beyond those.
+    pub spares: usize,
     /// Behaviour of lying nodes, by index.
     pub adversaries: BTreeMap<usize, &'static str>,
     /// Nodes that take requests over HTTP; the others only compute.
@@ -48,6 +50,7 @@ impl Default for Loopback {
             model: "builtin:tiny-rust".into(),
             max_byzantine: 1,
             slices: 1,
+            spares: 0,
             adversaries: BTreeMap::new(),
             gateways: 1,
             settings: Vec::new(),
@@ -84,7 +87,7 @@ impl Loopback {
     /// # Errors
     /// When ports cannot be bound, or the settings do not pass the check.
     pub fn prepare(&self) -> Result<Prepared, NodeError> {
-        let count = (2 * self.max_byzantine + 1) * self.slices.max(1);
+        let count = (2 * self.max_byzantine + 1) * self.slices.max(1) + self.spares;
         let mut text = String::new();
         let mut keys = BTreeMap::new();
         let mut sockets = BTreeMap::new();

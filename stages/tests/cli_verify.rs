@@ -23,9 +23,11 @@ struct Case {
 
 impl Case {
     fn new(mode: Mode) -> Self {
+        Self::of(request(mode), answer())
+    }
+
+    fn of(request: Request, answer: Answer) -> Self {
         let epoch = epoch(1);
-        let request = request(mode);
-        let answer = answer();
         let receipt = receipt(&epoch, &request, &answer);
         let folder = tempfile::tempdir().unwrap();
         fs::write(folder.path().join("epoch.json"), epoch.to_json()).unwrap();
@@ -316,6 +318,37 @@ fn the_epoch_is_the_readers_and_never_the_bundles() {
     assert_eq!(case.verify(&["bundle.json"]).status.code(), Some(2), "there is no default for whom to trust");
     case.write("broken-epoch.json", &json!({ "cluster": "demo" }));
     assert_eq!(case.verify(&["bundle.json", "--epoch", "broken-epoch.json"]).status.code(), Some(5));
+}
+
+#[test]
+fn an_embedding_is_compared_with_the_one_whose_receipt_it_is() {
+    let values = vec![1.0_f32, -2.0];
+    let mut parts = request(Mode::Full).parts().clone();
+    parts.params = Params { max_tokens: 0, ..Params::default() };
+    let request = Request::new(parts).unwrap();
+    let rd = request.digest().to_string();
+    let case = Case::of(request, Answer::Vector { values });
+    case.write("sent.json", &json!({"model": "tiny", "input": ["another text", "Ownership is"], "user": "me"}));
+    let judge = |embedding: Value, ids: Value| {
+        let data = json!([{"index": 0, "embedding": [0.5, 0.5]}, {"index": 1, "embedding": embedding}]);
+        case.write("received.json", &json!({"model": "tiny", "data": data, "butterfly": {"receipt_ids": ids}}));
+        let files = ["bundle.json", "--epoch", "epoch.json", "--request", "sent.json", "--response", "received.json"];
+        case.write("bundle.json", &case.bundle);
+        let output = case.verify(&files);
+        (output.status.code(), String::from_utf8([output.stdout, output.stderr].concat()).unwrap())
+    };
+    for right in [json!([1.0, -2.0]), json!("AACAPwAAAMA=")] {
+        let (status, text) = judge(right, json!(["other", rd]));
+        assert_eq!(status, Some(0), "{text}");
+        assert!(text.contains("response.embedding") && text.contains("request.input"), "{text}");
+    }
+    for wrong in [json!([1.0, -2.5]), json!("AACAPwAAAMB="), json!("AACAPwAAAME="), json!(null)] {
+        let (status, text) = judge(wrong.clone(), json!(["other", rd]));
+        assert_eq!(status, Some(5), "{wrong}: {text}");
+        assert!(text.contains("embedding"), "{text}");
+    }
+    let (status, text) = judge(json!([1.0, -2.0]), json!(["other", "another"]));
+    assert_eq!(status, Some(5), "{text}");
 }
 
 #[test]

@@ -1,4 +1,4 @@
-//! Causal attention of new rows over a cache.
+//! Attention of rows over a cache: causal, or of every row over everything.
 //!
 //! Invariants, for each row and head:
 //! - Queries are multiplied by f32(1 / √head_dim); a score is one chain over the head's dimensions, ascending.
@@ -27,6 +27,28 @@ use crate::tile::{TILE_ROWS, chain, chain_scalar, tiles};
 /// # Panics
 /// If the shapes do not fit, `heads` is not a multiple of the cache's heads, or the cache lacks a position.
 pub fn attention(pool: &Pool, q: &[f32], cache: &KvCache, first_position: usize, heads: usize, out: &mut [f32]) {
+    let rows = checked_rows(q, cache, heads, out);
+    assert!(
+        first_position + rows <= cache.len(),
+        "{rows} rows from position {first_position} over a cache of {}",
+        cache.len()
+    );
+    over(pool, q, cache, Reach::Causal { first_position }, heads, out);
+}
+
+/// Attention of `q` `[n, heads, head_dim]` over `cache`, to `out` of the same shape, where each row attends to every
+/// position that the cache holds. Query head h reads key head `h / (heads / kv_heads)`.
+///
+/// # Panics
+/// If the shapes do not fit, `heads` is not a multiple of the cache's heads, or there are rows and no position.
+pub fn attention_bidirectional(pool: &Pool, q: &[f32], cache: &KvCache, heads: usize, out: &mut [f32]) {
+    let rows = checked_rows(q, cache, heads, out);
+    assert!(rows == 0 || !cache.is_empty(), "{rows} rows over an empty cache");
+    over(pool, q, cache, Reach::All { positions: cache.len() }, heads, out);
+}
+
+/// The rows of `q`, if its shape and that of `out` fit the cache.
+fn checked_rows(q: &[f32], cache: &KvCache, heads: usize, out: &[f32]) -> usize {
     let head_dim = cache.head_dim();
     assert!(
         heads > 0 && heads.is_multiple_of(cache.kv_heads()),
@@ -36,14 +58,32 @@ pub fn attention(pool: &Pool, q: &[f32], cache: &KvCache, first_position: usize,
     let rows = q.len() / (heads * head_dim);
     assert_eq!(q.len(), rows * heads * head_dim, "q is rows of {heads} heads of {head_dim}");
     assert_eq!(q.len(), out.len(), "q and out have one shape");
-    assert!(
-        first_position + rows <= cache.len(),
-        "{rows} rows from position {first_position} over a cache of {}",
-        cache.len()
-    );
+    rows
+}
+
+/// Which positions a row attends to.
+#[derive(Clone, Copy)]
+enum Reach {
+    /// Row i stands at position `first_position + i`, and attends up to there.
+    Causal { first_position: usize },
+    /// All of them.
+    All { positions: usize },
+}
+
+impl Reach {
+    /// How many positions a row attends to, from the first one on.
+    fn positions(self, row: usize) -> usize {
+        match self {
+            Reach::Causal { first_position } => first_position + row + 1,
+            Reach::All { positions } => positions,
+        }
+    }
+}
+
+fn over(pool: &Pool, q: &[f32], cache: &KvCache, reach: Reach, heads: usize, out: &mut [f32]) {
     match cache.pages() {
-        Pages::F16(pages) => share(pool, pages, cache, q, first_position, heads, out),
-        Pages::F32(pages) => share(pool, pages, cache, q, first_position, heads, out),
+        Pages::F16(pages) => share(pool, pages, cache, q, reach, heads, out),
+        Pages::F32(pages) => share(pool, pages, cache, q, reach, heads, out),
     }
 }
 
@@ -53,7 +93,7 @@ fn share<F: Format>(
     pages: &[Page<F>],
     cache: &KvCache,
     q: &[f32],
-    first_position: usize,
+    reach: Reach,
     heads: usize,
     out: &mut [f32],
 ) {
@@ -63,7 +103,7 @@ fn share<F: Format>(
     // Queries of one key head, row by row, and within a row head by head: neighbours attend to nearly the same positions.
     let tiles: Vec<(usize, usize)> = tiles(rows * group).collect();
     let out = Disjoint::new(out);
-    let cost = TILE_ROWS * 2 * head_dim * (first_position + rows);
+    let cost = TILE_ROWS * 2 * head_dim * reach.positions(rows);
     pool.split(cache.kv_heads() * tiles.len(), 1, cost, &|range: Range<usize>| {
         for index in range {
             let (first, height) = tiles[index % tiles.len()];
@@ -73,7 +113,7 @@ fn share<F: Format>(
                 group,
                 heads,
                 head_dim,
-                first_position,
+                reach,
                 queries: first..first + height,
                 q,
                 out: &out,
@@ -90,7 +130,7 @@ struct Tile<'a, F: Format> {
     group: usize,
     heads: usize,
     head_dim: usize,
-    first_position: usize,
+    reach: Reach,
     /// Query r is head `r % group` of the key head's, in row `r / group`.
     queries: Range<usize>,
     q: &'a [f32],
@@ -156,7 +196,7 @@ impl<F: Format> Tile<'_, F> {
 
     /// Positions a query attends to.
     fn positions(&self, query: usize) -> usize {
-        self.first_position + query / self.group + 1
+        self.reach.positions(query / self.group)
     }
 
     // The outputs are disjoint even though the tile is shared with the kernel's helpers.

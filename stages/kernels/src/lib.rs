@@ -39,7 +39,7 @@ mod simd;
 mod tile;
 
 pub use activation::{add_assign, gelu, relu, sigmoid, silu, silu_mul, tanh};
-pub use attention::attention;
+pub use attention::{attention, attention_bidirectional};
 pub use cache::{CacheStorage, KvCache};
 pub use element::Dtype;
 pub use environment::float_environment_ok;

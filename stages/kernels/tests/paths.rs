@@ -5,8 +5,8 @@
 mod definition;
 
 use butterfly_kernels::{
-    CacheStorage, KvCache, Matrix, Pool, RopeScaling, RopeTable, add_assign, all_finite, argmax, attention, gelu,
-    layer_norm, linear, math, relu, rms_norm, rope, sigmoid, silu, silu_mul, sum, tanh,
+    CacheStorage, KvCache, Matrix, Pool, RopeScaling, RopeTable, add_assign, all_finite, argmax, attention,
+    attention_bidirectional, gelu, layer_norm, linear, math, relu, rms_norm, rope, sigmoid, silu, silu_mul, sum, tanh,
 };
 use definition::{Numbers, bits, dtypes, packed, pools};
 use proptest::prelude::*;
@@ -110,6 +110,46 @@ proptest! {
             for piece in pieces(&mut numbers, rows) {
                 let range = piece.start * heads * head_dim..piece.end * heads * head_dim;
                 attention(&pool, &q[range.clone()], &cache, before + piece.start, heads, &mut out[range]);
+            }
+            prop_assert_eq!(bits(&out), &expected[..], "{:?}, in pieces", pool);
+        }
+    }
+
+    #[test]
+    fn attention_to_everything_is_its_definition(
+        seed: u64,
+        kv_heads in 1usize..4,
+        group in 1usize..3,
+        head_dim in prop_oneof![Just(1usize), Just(32), 2usize..70],
+        positions in 1usize..70,
+    ) {
+        let mut numbers = Numbers(seed);
+        let (heads, width) = (kv_heads * group, kv_heads * head_dim);
+        let mut cache = KvCache::with_storage(kv_heads, head_dim, positions, CacheStorage::F32);
+        let (keys, values) = (numbers.wilds(positions * width), numbers.wilds(positions * width));
+        for (key, value) in keys.chunks(width).zip(values.chunks(width)) {
+            cache.push(key, value).unwrap();
+        }
+        let q = numbers.wilds(positions * heads * head_dim);
+        let mut expected = Vec::new();
+        for (index, q) in q.chunks(head_dim).enumerate() {
+            let start = index % heads / group * head_dim;
+            let part = |rows: &'_ [f32]| -> Vec<Vec<f32>> {
+                rows.chunks(width).map(|row| row[start..start + head_dim].to_vec()).collect()
+            };
+            let (keys, values) = (part(&keys), part(&values));
+            let keys: Vec<&[f32]> = keys.iter().map(Vec::as_slice).collect();
+            let values: Vec<&[f32]> = values.iter().map(Vec::as_slice).collect();
+            expected.extend(bits(&definition::attention(q, &keys, &values)));
+        }
+        for pool in pools() {
+            let mut out = vec![f32::NAN; q.len()];
+            attention_bidirectional(&pool, &q, &cache, heads, &mut out);
+            prop_assert_eq!(bits(&out), &expected[..], "{:?}", pool);
+            out.fill(f32::NAN);
+            for piece in pieces(&mut numbers, positions) {
+                let range = piece.start * heads * head_dim..piece.end * heads * head_dim;
+                attention_bidirectional(&pool, &q[range.clone()], &cache, heads, &mut out[range]);
             }
             prop_assert_eq!(bits(&out), &expected[..], "{:?}, in pieces", pool);
         }
@@ -285,6 +325,7 @@ fn no_rows_are_fine() {
     for pool in pools() {
         linear(&pool, &matrix, None, &[], &mut []);
         attention(&pool, &[], &cache, 0, 3, &mut []);
+        attention_bidirectional(&pool, &[], &cache, 3, &mut []);
         rms_norm(&pool, &[], &[1.0], 1e-5, &mut []);
         silu_mul(&pool, &[], &[], &mut []);
         assert_eq!(sum(&pool, &[]).to_bits(), 0);

@@ -14,11 +14,13 @@ pub enum TaskKind {
     Inference,
     /// `POST /v1/completions`.
     Completion,
+    /// `POST /v1/embeddings`.
+    Embedding,
 }
 
 impl TaskKind {
     /// All of them, as labels.
-    pub const LABELS: [&'static str; 2] = [Self::Inference.label(), Self::Completion.label()];
+    pub const LABELS: [&'static str; 3] = [Self::Inference.label(), Self::Completion.label(), Self::Embedding.label()];
 
     /// The label.
     #[must_use]
@@ -26,6 +28,7 @@ impl TaskKind {
         match self {
             Self::Inference => "inference",
             Self::Completion => "completion",
+            Self::Embedding => "embedding",
         }
     }
 }
@@ -126,6 +129,7 @@ pub(super) fn write_accepted(accepted: &Accepted) -> Vec<u8> {
     bytes.push(match accepted.kind {
         TaskKind::Inference => 0,
         TaskKind::Completion => 1,
+        TaskKind::Embedding => 2,
     });
     bytes.extend_from_slice(&accepted.accepted_ms.to_le_bytes());
     for text in [&accepted.client, &accepted.task_id] {
@@ -144,6 +148,7 @@ pub(super) fn read_accepted(bytes: &[u8]) -> Result<Accepted, Malformed> {
     let kind = match array::<1>(&mut rest, "kind")? {
         [0] => TaskKind::Inference,
         [1] => TaskKind::Completion,
+        [2] => TaskKind::Embedding,
         _ => return Err(Malformed("kind")),
     };
     let accepted_ms = u64::from_le_bytes(array(&mut rest, "time")?);

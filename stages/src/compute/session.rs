@@ -116,8 +116,10 @@ pub(crate) struct Session {
     place: Place,
     model: Arc<SliceModel>,
     sequence: Sequence,
-    /// On the last slice of a token model.
+    /// On the last slice of a model that generates.
     generation: Option<Generation>,
+    /// All positions are one step, since each depends on all.
+    is_one_step: bool,
     feed: Feed,
     /// The total of positions, as the replicas of the last slice tell it.
     end: Gate<u32>,
@@ -167,17 +169,18 @@ impl Session {
         };
         let positions_max = positions_max(body, model.manifest().context_length);
         let prompt_positions = if vector.is_some() { 1 } else { prompt.len() as u32 };
+        let generates = model.manifest().architecture == Architecture::Llama;
         let feed = if !place.is_first() {
             let gate = Gate::new(place.upstream.clone(), place.need, positions_max);
             Feed::Rows { gate, width: slice.input_width() }
-        } else if place.is_last() || vector.is_some() {
+        } else if place.is_last() || !generates {
             Feed::Own
         } else {
             let mut gate = Gate::new(place.upstream.clone(), place.need, positions_max);
             gate.skip_to(prompt_positions);
             Feed::Tokens(gate)
         };
-        let is_generating = place.is_last() && vector.is_none();
+        let is_generating = place.is_last() && generates;
         let first = place.is_first();
         Ok(Self {
             rd,
@@ -186,9 +189,10 @@ impl Session {
             sequence: slice.new_sequence(),
             model: slice,
             generation: is_generating.then(|| Generation::new(body, model.manifest(), model.tokenizer())),
+            is_one_step: model.manifest().architecture == Architecture::Bert,
             feed,
             end: Gate::new(place.last.clone(), place.need, 1),
-            positions_total: vector.is_some().then_some(1),
+            positions_total: (!generates).then_some(prompt_positions),
             prompt_positions,
             tokens_ready: if first { prompt } else { Vec::new() },
             rows_ready: Vec::new(),
@@ -273,12 +277,14 @@ impl Session {
 
     /// Whether there is input to compute on.
     pub(crate) fn has_work(&self) -> bool {
+        let rows = self.rows_ready.len() / self.width_in();
+        let is_enough = rows > 0 && (!self.is_one_step || rows as u32 == self.prompt_positions);
         !self.finished
             && self.numeric.is_none()
-            && (!self.tokens_ready.is_empty() || !self.rows_ready.is_empty() || self.vector_ready.is_some())
+            && (!self.tokens_ready.is_empty() || is_enough || self.vector_ready.is_some())
     }
 
-    /// Takes the input of the next forward pass, at most `rows_max` rows of it.
+    /// Takes the input of the next forward pass, at most `rows_max` rows of it where it may be cut.
     pub(crate) fn take_work(&mut self, rows_max: usize) -> Option<Work> {
         if !self.has_work() {
             return None;
@@ -286,6 +292,7 @@ impl Session {
         if let Some(vector) = self.vector_ready.take() {
             return Some(Work::Vector(vector));
         }
+        let rows_max = if self.is_one_step { usize::MAX } else { rows_max };
         if !self.tokens_ready.is_empty() {
             let rest = self.tokens_ready.split_off(self.tokens_ready.len().min(rows_max));
             return Some(Work::Tokens(std::mem::replace(&mut self.tokens_ready, rest)));
@@ -456,7 +463,11 @@ impl Session {
                     generation.end_numeric();
                     generation.answer()
                 }
-                None => Some(Answer::Numeric { tokens: Vec::new(), prompt_tokens: 0, choice: 0 }),
+                None => Some(Answer::Numeric {
+                    tokens: Vec::new(),
+                    prompt_tokens: if self.is_one_step { self.prompt_positions } else { 0 },
+                    choice: 0,
+                }),
             };
             self.tell_end(total, effects);
         }
@@ -489,13 +500,14 @@ fn admit(body: &Request, model: &Model) -> Result<(), OpenError> {
         (Input::Vector { values }, Architecture::Mlp) => {
             unfit(format!("its vector has {} values, the model takes {}", values.len(), manifest.input_width))
         }
-        (Input::Text { tokens, .. } | Input::Tokens { tokens }, Architecture::Llama) => {
-            if tokens.len() >= manifest.context_length {
-                return unfit(format!(
-                    "{} tokens leave no room in a context of {}",
-                    tokens.len(),
-                    manifest.context_length
-                ));
+        (Input::Text { tokens, .. } | Input::Tokens { tokens }, Architecture::Llama | Architecture::Bert) => {
+            let generates = manifest.architecture == Architecture::Llama;
+            if generates != (body.params.max_tokens > 0) {
+                return unfit(format!("it wants {} tokens generated", body.params.max_tokens));
+            }
+            let room = manifest.context_length.saturating_sub(usize::from(generates));
+            if tokens.len() > room {
+                return unfit(format!("{} tokens do not fit a context of {}", tokens.len(), manifest.context_length));
             }
             if let Some(token) = tokens.iter().find(|token| **token as usize >= manifest.vocabulary) {
                 return unfit(format!("token {token} is outside the vocabulary of {}", manifest.vocabulary));
@@ -509,7 +521,7 @@ fn admit(body: &Request, model: &Model) -> Result<(), OpenError> {
                 _ => Ok(()),
             }
         }
-        (Input::Vector { .. }, Architecture::Llama) => unfit("the model takes tokens".into()),
+        (Input::Vector { .. }, Architecture::Llama | Architecture::Bert) => unfit("the model takes tokens".into()),
         (_, Architecture::Mlp) => unfit("the model takes a vector".into()),
     }
 }

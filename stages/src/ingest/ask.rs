@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::errors::Failure;
 use super::fields::{self, Fields, List, Options, Prompt, Setting};
-use crate::model::Manifest;
+use crate::model::{Architecture, Manifest};
 
 /// Tokens generated at most when the client does not say.
 const MAX_TOKENS_DEFAULT: u32 = 16;
@@ -20,7 +20,7 @@ const TEMPERATURE_MIN: f32 = 1e-3;
 const TASK_ID_BYTES_MAX: usize = 128;
 
 /// What a client wants computed.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) enum AskInput {
     /// Text, to be tokenised.
     Text(String),
@@ -31,7 +31,7 @@ pub(super) enum AskInput {
 }
 
 /// What a client asks, before tokens are counted.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 pub(super) struct Ask {
     /// The name of the field that `input` came from.
     pub field: &'static str,
@@ -121,6 +121,12 @@ impl Ask {
         self.nonce.is_none() && self.params.logprobs.is_none() && (is_certain || self.seed.is_some())
     }
 
+    /// The same of another input.
+    #[must_use]
+    pub(super) fn about(&self, input: AskInput) -> Self {
+        Self { input, ..self.clone() }
+    }
+
     /// The request of `client` at `now_ms`. `tokens` are those of the text, where there is one.
     ///
     /// # Errors
@@ -146,6 +152,10 @@ impl Ask {
             Input::Vector { values } => {
                 params = Params { max_tokens: 0, seed: params.seed, ..Params::default() };
                 check_vector(field, values, manifest)?;
+            }
+            Input::Text { tokens, .. } | Input::Tokens { tokens } if manifest.architecture == Architecture::Bert => {
+                params = Params { max_tokens: 0, seed: params.seed, ..Params::default() };
+                check_text(field, tokens, manifest)?;
             }
             Input::Text { tokens, .. } | Input::Tokens { tokens } => {
                 params.max_tokens = check_tokens(field, tokens, self.max_tokens, manifest)?;
@@ -294,8 +304,46 @@ fn check_vector(field: &str, values: &[f32], manifest: &Manifest) -> Result<(), 
     Ok(())
 }
 
-/// Checks a prompt against the model; gives the tokens to generate at most.
-fn check_tokens(field: &str, tokens: &[u32], max_tokens: Option<u32>, manifest: &Manifest) -> Result<u32, Failure> {
+/// Refuses a model that generates no text.
+///
+/// # Errors
+/// Says what the model does.
+pub(super) fn must_generate(manifest: &Manifest) -> Result<(), Failure> {
+    match manifest.architecture {
+        Architecture::Llama | Architecture::Mlp => Ok(()),
+        Architecture::Bert => {
+            let message =
+                format!("'{}' gives embeddings, not text: send \"input\" to POST /v1/embeddings", manifest.name);
+            Err(Failure::invalid_value("model", message))
+        }
+    }
+}
+
+/// Refuses a model that embeds no text.
+///
+/// # Errors
+/// Says what the model does.
+pub(super) fn must_embed(manifest: &Manifest) -> Result<(), Failure> {
+    let does = match manifest.architecture {
+        Architecture::Bert => return Ok(()),
+        Architecture::Llama => "generates text and gives no embeddings: send \"prompt\" to POST /v1/completions",
+        Architecture::Mlp => "takes a vector and embeds no text: send \"input\" to POST /inference",
+    };
+    Err(Failure::invalid_value("model", format!("'{}' {does}", manifest.name)))
+}
+
+/// Checks a text that nothing is generated from.
+fn check_text(field: &str, tokens: &[u32], manifest: &Manifest) -> Result<(), Failure> {
+    check_ids(field, tokens, manifest)?;
+    if tokens.len() > manifest.context_length {
+        let message = format!("the model takes {} tokens, but {field} has {}", manifest.context_length, tokens.len());
+        return Err(Failure::context_length_exceeded(field, message));
+    }
+    Ok(())
+}
+
+/// Checks tokens against the vocabulary.
+fn check_ids(field: &str, tokens: &[u32], manifest: &Manifest) -> Result<(), Failure> {
     if manifest.vocabulary == 0 {
         let message = format!("'{}' takes a vector: send \"input\" to POST /inference", manifest.name);
         return Err(Failure::invalid_value(field, message));
@@ -308,6 +356,12 @@ fn check_tokens(field: &str, tokens: &[u32], max_tokens: Option<u32>, manifest: 
             format!("{field}: the model's tokens are below {}, but token {at} is {token}", manifest.vocabulary);
         return Err(Failure::invalid_value(field, message));
     }
+    Ok(())
+}
+
+/// Checks a prompt against the model; gives the tokens to generate at most.
+fn check_tokens(field: &str, tokens: &[u32], max_tokens: Option<u32>, manifest: &Manifest) -> Result<u32, Failure> {
+    check_ids(field, tokens, manifest)?;
     let room = manifest.context_length.saturating_sub(tokens.len());
     let room = u32::try_from(room).unwrap_or(u32::MAX);
     let wanted = max_tokens.unwrap_or_else(|| MAX_TOKENS_DEFAULT.min(room.max(1)));

@@ -549,8 +549,9 @@ impl Board {
         if let Ok(completed) = result {
             let label = ModelLabel { model: model.clone() };
             metrics.task_latency_seconds.of(&label).record(now.saturating_sub(task.opened));
-            if let Answer::Text { tokens, prompt_tokens, .. } = &completed.answer {
-                metrics.prompt_tokens_total.inc_by(u64::from(*prompt_tokens));
+            let prompt_tokens = completed.request.input.tokens().map_or(0, <[u32]>::len);
+            metrics.prompt_tokens_total.inc_by(prompt_tokens as u64);
+            if let Answer::Text { tokens, .. } = &completed.answer {
                 metrics.generation_tokens_total.inc_by(tokens.len() as u64);
                 if task.tokens == 0 {
                     metrics.time_to_first_token_seconds.of(&label).record(now.saturating_sub(task.opened));

@@ -55,6 +55,7 @@ async fn admit(front: &Front, client: Caller, request: Request) -> Result<(Wishe
     let version = request.version();
     let (body, mut fields) = front.fields(request).await?;
     front.check_model(&mut fields)?;
+    ask::must_generate(front.gateway.services.model.manifest())?;
     let wishes = wishes(&mut fields)?;
     if wishes.stream && version < axum::http::Version::HTTP_11 {
         // Without chunks the end of a body cannot be told from its breaking off.

@@ -8,6 +8,7 @@
 //!
 //! It refuses to know models and tasks.
 
+mod inputs;
 mod lists;
 
 use std::collections::BTreeMap;
@@ -16,12 +17,13 @@ use std::ops::RangeInclusive;
 
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
-pub(super) use lists::{Bias, List, Options, Prompt, Stops, Vector};
+pub(super) use inputs::Inputs;
+pub(super) use lists::{Bias, List, Options, Prompt, Stops};
 
 use super::errors::Failure;
 
 /// Fields with one value that some route knows.
-const SETTINGS: [&str; 18] = [
+const SETTINGS: [&str; 20] = [
     "model",
     "text",
     "task_id",
@@ -40,6 +42,8 @@ const SETTINGS: [&str; 18] = [
     "n",
     "best_of",
     "logprobs",
+    "encoding_format",
+    "dimensions",
 ];
 
 /// Fields that clients of such interfaces know and that are not supported, with the values that change nothing. Anything
@@ -103,7 +107,7 @@ pub(super) struct Fields {
     /// `prompt`.
     pub prompt: List<Prompt>,
     /// `input`.
-    pub input: List<Vector>,
+    pub input: List<Inputs>,
     /// `stop`.
     pub stop: List<Stops>,
     /// `logit_bias`.

@@ -248,7 +248,7 @@ impl Gateway {
         let permit = self.reserve(item.size_bytes())?;
         let task_id = task_id.unwrap_or_else(|| match kind {
             TaskKind::Completion => format!("cmpl-{rd}"),
-            TaskKind::Inference => rd.to_string(),
+            TaskKind::Inference | TaskKind::Embedding => rd.to_string(),
         });
         let (sink, reply) = if wait {
             let (sink, reply) = reply(tokens_max(&request));
@@ -447,7 +447,7 @@ fn tokens_max(request: &Request) -> usize {
 /// Longer texts have more tokens than the model takes, so they need not be tokenised to know.
 fn text_bytes_max(services: &Services) -> usize {
     let manifest = services.model.manifest();
-    let Some(tokenizer) = services.model.tokenizer() else { return usize::MAX };
+    let Some(tokenizer) = services.model.tokenizer().filter(|tokenizer| !tokenizer.cuts()) else { return usize::MAX };
     let ids = 0..u32::try_from(tokenizer.vocabulary()).unwrap_or(u32::MAX);
     let longest = ids.map(|id| tokenizer.token_bytes(id).len()).max().unwrap_or(0);
     manifest.context_length.saturating_mul(longest.max(TOKEN_BYTES_MIN))

@@ -15,7 +15,7 @@ use butterfly_verify::Answer;
 
 use super::ask::{self, Ask, AskInput, Rules};
 use super::errors::Failure;
-use super::fields::{Fields, Prompt, Setting};
+use super::fields::{Fields, Inputs, Prompt, Setting};
 use super::gate::{Caller, Client};
 use super::gateway::{Admitted, Submission};
 use super::render::{Proof, Task};
@@ -63,7 +63,11 @@ async fn admit(front: &Front, client: Caller, request: Request) -> Result<(bool,
 
 /// The one input of a body.
 fn input(fields: &mut Fields) -> Result<(&'static str, AskInput), Failure> {
-    let vector = std::mem::take(&mut fields.input).value("input")?.map(|vector| AskInput::Vector(vector.0));
+    let vector = match std::mem::take(&mut fields.input).value("input")? {
+        None => None,
+        Some(Inputs::Numbers { values, .. }) => Some(AskInput::Vector(values)),
+        Some(_) => return Err(Failure::invalid_value("input", "input must be a list of numbers")),
+    };
     let text = fields.text("text")?.map(|text| ask::prompt("text", Prompt::Text(text))).transpose()?;
     let prompt = std::mem::take(&mut fields.prompt).value("prompt")?;
     let prompt = prompt.map(|prompt| ask::prompt("prompt", prompt)).transpose()?;

@@ -10,7 +10,7 @@
 //! | what was asked before: retries under a key, repeats | `retry`, `cache` |
 //! | what a body may say, and what it comes to | `fields`, `ask` |
 //! | connections, bodies, rates, keys, pages, traces | `server`, `gate`, `body`, `rate`, `settings`, `cors`, `origin` |
-//! | routes and what they answer | `routes`, `inference`, `completions`, `stream`, `records`, `health` |
+//! | routes and what they answer | `routes`, `inference`, `completions`, `embeddings`, `stream`, `records`, `health` |
 //! | the document of routes and forms | `openapi` |
 //! | failures and their statuses | `errors` |
 //!
@@ -25,6 +25,7 @@ mod body;
 mod cache;
 mod completions;
 mod cors;
+mod embeddings;
 mod errors;
 mod fields;
 #[cfg(test)]

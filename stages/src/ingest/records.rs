@@ -23,6 +23,7 @@ use super::render::{Proof, Task};
 use super::routes::Front;
 use crate::commit::{Outcome, Record};
 use crate::error::TaskError;
+use crate::model::Architecture;
 
 /// What precedes a request's digest in the id of a completion.
 const COMPLETION_PREFIX: &str = "cmpl-";
@@ -180,7 +181,11 @@ fn served(front: &Front) -> Model<'_> {
         created: front.started_s,
         owned_by: &services.topology.cluster.name,
         context_length: manifest.context_length,
-        capabilities: if manifest.vocabulary > 0 { &["completions", "inference"] } else { &["inference"] },
+        capabilities: match manifest.architecture {
+            Architecture::Llama => &["completions", "inference"],
+            Architecture::Bert => &["embeddings", "inference"],
+            Architecture::Mlp => &["inference"],
+        },
         input_width: width(manifest.input_width),
         output_width: width(manifest.output_width),
         weights_digest: hex::encode(manifest.root),

@@ -23,7 +23,7 @@ use super::fields::Fields;
 use super::gateway::Gateway;
 use super::rate::Rates;
 use super::settings::Settings;
-use super::{completions, gate, health, inference, openapi, records};
+use super::{completions, embeddings, gate, health, inference, openapi, records};
 use crate::commit::TaskKind;
 
 /// Bodies up to this size are read before it is known whether there is room.
@@ -151,6 +151,7 @@ pub(super) fn routes() -> Routes {
         .post("/inference", inference::submit)
         .get("/inference/{id}", records::task)
         .post("/v1/completions", completions::submit)
+        .post("/v1/embeddings", embeddings::submit)
         .delete("/v1/requests/{id}", records::cancel)
         .get("/v1/receipts/{id}", records::receipt)
         .get("/v1/models", records::models)

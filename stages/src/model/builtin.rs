@@ -7,7 +7,7 @@
 
 use std::fmt::Write as _;
 
-use super::source::{Bytes, Format, Part, Source, SourceError};
+use super::source::{Bytes, Format, Part, Sentences, Source, SourceError};
 
 /// What may follow `builtin:`.
 pub(super) const NAMES: [&str; 2] = ["tiny-rust", "mlp"];
@@ -23,6 +23,7 @@ pub(super) fn source(name: &str) -> Result<Source, SourceError> {
             name: name.to_owned(),
             config: embedded(name, "config.json", include_bytes!("../../models/tiny-rust/config.json")),
             tokenizer: Some(embedded(name, "tokenizer.json", include_bytes!("../../models/tiny-rust/tokenizer.json"))),
+            sentences: Sentences::default(),
             index: None,
             weights: vec![embedded(
                 name,
@@ -38,6 +39,7 @@ pub(super) fn source(name: &str) -> Result<Source, SourceError> {
                 name: name.to_owned(),
                 config: part(name, "config.json", Bytes::Owned(config.into_bytes())),
                 tokenizer: None,
+                sentences: Sentences::default(),
                 index: None,
                 weights: vec![part(name, "model.safetensors", Bytes::Owned(mlp_weights()))],
                 format: Format::Safetensors,

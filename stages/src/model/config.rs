@@ -1,8 +1,8 @@
 //! Model configuration: `config.json` parsed into a type that proves the model can be run.
 //!
-//! Purpose: read the two families this build runs. The llama family (`model_type` llama, mistral, qwen2) comes in the
+//! Purpose: read the families this build runs. The llama family (`model_type` llama, mistral, qwen2, qwen3) comes in the
 //! spelling of transformers 5 (`rope_parameters`, `dtype`) and in the older one (`rope_theta`, `rope_scaling`,
-//! `torch_dtype`). A dense network states `{"model_type":"mlp","layer_sizes":[in,…,out],"activation":"relu"}`.
+//! `torch_dtype`). `bert` is an encoder; what else lies beside it is read by [`pooling`]. A dense network states `{"model_type":"mlp","layer_sizes":[in,…,out],"activation":"relu"}`.
 //!
 //! Invariants: every size of a [`Config`] lies within the named limits below, so that no product of two of them
 //! overflows and nothing a hostile file says can make this program allocate without bound; heads divide evenly; a
@@ -10,6 +10,7 @@
 //!
 //! It refuses to know where the file lies, and which tensors hold the weights.
 
+pub(super) mod pooling;
 #[cfg(test)]
 mod tests;
 
@@ -28,6 +29,12 @@ pub const HEAD_DIM_MAX: usize = 1024;
 pub const VOCABULARY_MAX: usize = 1 << 20;
 /// Positions of a context, at most.
 pub const CONTEXT_MAX: usize = 1 << 20;
+/// Positions of a text that is one step, at most: its memory and its attention grow with all of them.
+pub const BERT_CONTEXT_MAX: usize = 1 << 13;
+/// Token types, at most.
+pub const TOKEN_TYPES_MAX: usize = 1 << 10;
+/// Elements of a head of Qwen3, whose configurations may leave it out.
+const QWEN3_HEAD_DIM: usize = 128;
 /// End-of-sequence ids, at most.
 pub const EOS_MAX: usize = 64;
 /// Length of a value quoted in an error, in characters.
@@ -38,6 +45,8 @@ const QUOTED_CHARS_MAX: usize = 80;
 pub enum Config {
     /// A decoder-only transformer of the llama family.
     Llama(LlamaConfig),
+    /// An encoder of the BERT family.
+    Bert(BertConfig),
     /// Dense layers on raw vectors.
     Mlp(MlpConfig),
 }
@@ -75,12 +84,37 @@ pub struct LlamaConfig {
     pub output_bias: bool,
     /// Biases on the three matrices of the gated MLP.
     pub mlp_bias: bool,
+    /// An RMSNorm over each head of queries and keys, before the rotation.
+    pub head_norms: bool,
     /// What the weights are stored in, where the file says so.
     pub dtype: Option<Dtype>,
     /// Begins a sequence.
     pub bos: Option<u32>,
     /// Each ends a sequence; ascending, distinct.
     pub eos: Vec<u32>,
+}
+
+/// Shape of a BERT encoder.
+#[derive(Debug, Clone, PartialEq)]
+pub struct BertConfig {
+    /// Width of the rows between layers, and of the vector that comes out.
+    pub hidden: usize,
+    /// Encoder layers.
+    pub layers: usize,
+    /// Attention heads; divides `hidden`.
+    pub heads: usize,
+    /// Width of the MLP.
+    pub intermediate: usize,
+    /// Token ids are below this.
+    pub vocabulary: usize,
+    /// Rows of the table of positions: tokens of a text, at most.
+    pub context_length: usize,
+    /// Rows of the table of token types.
+    pub token_types: usize,
+    /// Added to the mean square in every LayerNorm.
+    pub norm_epsilon: f32,
+    /// What the weights are stored in, where the file says so.
+    pub dtype: Option<Dtype>,
 }
 
 /// Shape of a dense network.
@@ -162,9 +196,10 @@ impl Config {
         };
         let fields = Fields { prefix: "", map: &map };
         match fields.text("model_type")? {
-            Some(family @ ("llama" | "mistral" | "qwen2")) => llama(&fields, family).map(Self::Llama),
+            Some(family @ ("llama" | "mistral" | "qwen2" | "qwen3")) => llama(&fields, family).map(Self::Llama),
+            Some("bert") => bert(&fields).map(Self::Bert),
             Some("mlp") => mlp(&fields).map(Self::Mlp),
-            Some(_) => Err(fields.unsupported("model_type", "llama, mistral, qwen2, mlp")),
+            Some(_) => Err(fields.unsupported("model_type", "llama, mistral, qwen2, qwen3, bert, mlp")),
             None => Err(fields.missing("model_type")),
         }
     }
@@ -174,6 +209,7 @@ impl Config {
     pub fn layers(&self) -> usize {
         match self {
             Self::Llama(config) => config.layers,
+            Self::Bert(config) => config.layers,
             Self::Mlp(config) => config.layer_sizes.len().saturating_sub(1),
         }
     }
@@ -189,6 +225,7 @@ fn llama(fields: &Fields<'_>, family: &str) -> Result<LlamaConfig, ConfigError> 
     }
     let head_dim = match fields.optional_size("head_dim", HEAD_DIM_MAX)? {
         Some(size) => size,
+        None if family == "qwen3" => QWEN3_HEAD_DIM,
         None if hidden % heads == 0 && hidden / heads <= HEAD_DIM_MAX => hidden / heads,
         None => return Err(fields.inconsistent("num_attention_heads", format!("hidden_size = {hidden}"))),
     };
@@ -210,7 +247,7 @@ fn llama(fields: &Fields<'_>, family: &str) -> Result<LlamaConfig, ConfigError> 
         intermediate: fields.size("intermediate_size", WIDTH_MAX)?,
         vocabulary,
         context_length,
-        norm_epsilon: norm_epsilon(fields)?,
+        norm_epsilon: norm_epsilon(fields, "rms_norm_eps")?,
         rope_theta,
         rope_scaling,
         tied_head: fields.flag("tie_word_embeddings")?.unwrap_or(false),
@@ -218,9 +255,43 @@ fn llama(fields: &Fields<'_>, family: &str) -> Result<LlamaConfig, ConfigError> 
         qkv_bias: attention_bias.unwrap_or(family == "qwen2"),
         output_bias: attention_bias.unwrap_or(false) && family != "qwen2",
         mlp_bias: fields.flag("mlp_bias")?.unwrap_or(false),
+        // By definition of the architecture, as above.
+        head_norms: family == "qwen3",
         dtype: dtype(fields)?,
         bos: fields.token("bos_token_id", vocabulary)?,
         eos: fields.tokens("eos_token_id", vocabulary)?,
+    })
+}
+
+fn bert(fields: &Fields<'_>) -> Result<BertConfig, ConfigError> {
+    for (field, only) in [("hidden_act", "gelu"), ("position_embedding_type", "absolute")] {
+        if fields.text(field)?.is_some_and(|value| value != only) {
+            return Err(fields.unsupported(field, only));
+        }
+    }
+    for field in ["is_decoder", "add_cross_attention"] {
+        if fields.flag(field)? == Some(true) {
+            return Err(fields.unsupported(field, "false"));
+        }
+    }
+    if fields.value("quantization_config").is_some() {
+        return Err(fields.unsupported("quantization_config", "weights in F32, F16 or BF16"));
+    }
+    let hidden = fields.size("hidden_size", WIDTH_MAX)?;
+    let heads = fields.size("num_attention_heads", HEADS_MAX)?;
+    if hidden % heads != 0 || hidden / heads > HEAD_DIM_MAX {
+        return Err(fields.inconsistent("num_attention_heads", format!("hidden_size = {hidden}")));
+    }
+    Ok(BertConfig {
+        hidden,
+        layers: fields.size("num_hidden_layers", LAYERS_MAX)?,
+        heads,
+        intermediate: fields.size("intermediate_size", WIDTH_MAX)?,
+        vocabulary: fields.size("vocab_size", VOCABULARY_MAX)?,
+        context_length: fields.size("max_position_embeddings", BERT_CONTEXT_MAX)?,
+        token_types: fields.size("type_vocab_size", TOKEN_TYPES_MAX)?,
+        norm_epsilon: norm_epsilon(fields, "layer_norm_eps")?,
+        dtype: dtype(fields)?,
     })
 }
 
@@ -259,10 +330,10 @@ fn refuse_sliding_window(fields: &Fields<'_>, context_length: usize) -> Result<(
     }
 }
 
-fn norm_epsilon(fields: &Fields<'_>) -> Result<f32, ConfigError> {
-    let epsilon = fields.number("rms_norm_eps")?;
+fn norm_epsilon(fields: &Fields<'_>, field: &str) -> Result<f32, ConfigError> {
+    let epsilon = fields.number(field)?;
     if !(1e-12..=1.0).contains(&epsilon) {
-        return Err(fields.wrong("rms_norm_eps", "a number from 1e-12 to 1"));
+        return Err(fields.wrong(field, "a number from 1e-12 to 1"));
     }
     Ok(epsilon as f32)
 }

@@ -1,6 +1,7 @@
 //! Layers of the llama family.
 //!
-//! Purpose: which tensors a model has, and the order of operations of a layer: RMSNorm, projections, rotation, grouped
+//! Purpose: which tensors a model has, and the order of operations of a layer: RMSNorm, projections, an RMSNorm of each
+//! head where the model has one, rotation, grouped
 //! attention, residual, RMSNorm, gated MLP, residual. The bits of each operation are the kernels' business.
 //!
 //! Invariants: the first slice holds the embedding, the last one the final norm and the head; a tied head is the
@@ -26,6 +27,9 @@ use super::weights::{Weights, WeightsError};
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
 pub(super) const FINAL_NORM: &str = "model.norm.weight";
 pub(super) const HEAD: &str = "lm_head.weight";
+/// Within a layer.
+const QUERY_NORM: &str = "self_attn.q_norm.weight";
+const KEY_NORM: &str = "self_attn.k_norm.weight";
 
 /// A range of llama layers with what surrounds them.
 #[derive(Debug)]
@@ -51,6 +55,8 @@ struct Layer {
     key: Linear,
     value: Linear,
     output: Linear,
+    /// Weights of the norms of each head of queries and of keys, `[head_dim]`.
+    head_norms: Option<[Vec<f32>; 2]>,
     mlp_norm: Vec<f32>,
     gate: Linear,
     up: Linear,
@@ -82,6 +88,10 @@ pub(super) fn layer_shapes(config: &LlamaConfig) -> Vec<(&'static str, Vec<usize
         shapes.push(("self_attn.q_proj.bias", vec![query]));
         shapes.push(("self_attn.k_proj.bias", vec![key]));
         shapes.push(("self_attn.v_proj.bias", vec![key]));
+    }
+    if config.head_norms {
+        shapes.push((QUERY_NORM, vec![config.head_dim]));
+        shapes.push((KEY_NORM, vec![config.head_dim]));
     }
     if config.output_bias {
         shapes.push(("self_attn.o_proj.bias", vec![hidden]));
@@ -206,6 +216,12 @@ impl LlamaSlice {
             layer.query.apply(pool, &scratch.normed, &mut scratch.query);
             layer.key.apply(pool, &scratch.normed, &mut scratch.key);
             layer.value.apply(pool, &scratch.normed, &mut scratch.value);
+            if let Some([query, key]) = &layer.head_norms {
+                rms_norm(pool, &scratch.query, query, config.norm_epsilon, &mut scratch.attended);
+                std::mem::swap(&mut scratch.query, &mut scratch.attended);
+                rms_norm(pool, &scratch.key, key, config.norm_epsilon, &mut scratch.normed_key);
+                std::mem::swap(&mut scratch.key, &mut scratch.normed_key);
+            }
             rope(&mut scratch.query, config.heads, &positions, &self.rope);
             rope(&mut scratch.key, config.kv_heads, &positions, &self.rope);
             for span in spans.iter_mut() {
@@ -277,6 +293,7 @@ impl Layer {
         let shapes = layer_shapes(config);
         let shape = |name: &str| shapes.iter().find(|(known, _)| *known == name).map(|(_, shape)| shape.as_slice());
         let norm = |name: &str| weights.vector(loading, &layer_tensor(layer, name), config.hidden, config.dtype);
+        let head_norm = |name: &str| weights.vector(loading, &layer_tensor(layer, name), config.head_dim, config.dtype);
         let linear = |name: &str| -> Result<Linear, WeightsError> {
             let (weight, bias) = (format!("{name}.weight"), format!("{name}.bias"));
             let matrix = match shape(&weight) {
@@ -296,6 +313,10 @@ impl Layer {
             key: linear("self_attn.k_proj")?,
             value: linear("self_attn.v_proj")?,
             output: linear("self_attn.o_proj")?,
+            head_norms: match config.head_norms {
+                true => Some([head_norm(QUERY_NORM)?, head_norm(KEY_NORM)?]),
+                false => None,
+            },
             mlp_norm: norm("post_attention_layernorm.weight")?,
             gate: linear("mlp.gate_proj")?,
             up: linear("mlp.up_proj")?,
@@ -306,6 +327,7 @@ impl Layer {
     fn bytes(&self) -> usize {
         let linears = [&self.query, &self.key, &self.value, &self.output, &self.gate, &self.up, &self.down].into_iter();
         let vectors = [&self.input_norm, &self.mlp_norm].into_iter();
+        let vectors = vectors.chain(self.head_norms.iter().flatten());
         let vectors = vectors.chain(linears.clone().filter_map(|linear| linear.bias.as_ref()));
         linears.map(|linear| linear.matrix.bytes()).sum::<usize>()
             + vectors.map(|vector| size_of_val(vector.as_slice())).sum::<usize>()
@@ -326,6 +348,8 @@ struct Scratch {
     query: Vec<f32>,
     /// `[rows, kv_heads, head_dim]`
     key: Vec<f32>,
+    /// `[rows, kv_heads, head_dim]`, where heads are normed
+    normed_key: Vec<f32>,
     /// `[rows, kv_heads, head_dim]`
     value: Vec<f32>,
     /// `[rows, heads, head_dim]`
@@ -345,6 +369,7 @@ impl Scratch {
             normed: buffer(config.hidden),
             query: buffer(config.heads * config.head_dim),
             key: buffer(config.kv_heads * config.head_dim),
+            normed_key: buffer(if config.head_norms { config.kv_heads * config.head_dim } else { 0 }),
             value: buffer(config.kv_heads * config.head_dim),
             attended: buffer(config.heads * config.head_dim),
             gate: buffer(config.intermediate),

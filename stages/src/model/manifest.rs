@@ -1,18 +1,18 @@
 //! What a model is: its shape, what each layer costs, and one digest over everything that decides its function.
 //!
-//! Invariants: the root covers the exact bytes of config, tokenizer, index and weight files in that order, each under a
-//! role of its own and with its length, so no two different models share one; of a GGUF file, which holds all of these, it
-//! covers the file. It does not cover names or paths, so the same model has the same root on every machine.
+//! Invariants: the root covers the exact bytes of config, tokenizer, index, weight files and what lies beside an encoder
+//! in that order, each under a role of its own and with its length, so no two different models share one; of a GGUF file,
+//! which holds all of these, it covers the file. It does not cover names or paths, so the same model has the same root on
+//! every machine.
 //!
 //! It refuses to know nodes and plans.
 
 use sha2::{Digest, Sha256};
 
-use super::config::{Config, LlamaConfig, MlpConfig};
-use super::llama;
-use super::mlp;
-use super::source::{Format, Part, Source};
+use super::config::{BertConfig, Config, LlamaConfig, MlpConfig};
+use super::source::{Format, Part, Sentences, Source};
 use super::weights::Weights;
+use super::{bert, llama, mlp};
 
 const PART_DOMAIN: &[u8] = b"butterfly/1 model part\0";
 const ROOT_DOMAIN: &[u8] = b"butterfly/1 model root\0";
@@ -55,6 +55,8 @@ pub struct Manifest {
 pub enum Architecture {
     /// Decoder-only transformers of the llama family: tokens in, tokens out.
     Llama,
+    /// Encoders of the BERT family: a text in, a vector out.
+    Bert,
     /// Dense layers: a vector in, a vector out.
     Mlp,
 }
@@ -90,6 +92,21 @@ impl Manifest {
                 chat_template: source.chat_template.clone(),
                 root,
                 layer_costs: llama_costs(config, weights),
+            },
+            Config::Bert(config) => Self {
+                name,
+                architecture: Architecture::Bert,
+                layers: config.layers,
+                hidden: config.hidden,
+                vocabulary: config.vocabulary,
+                context_length: config.context_length,
+                input_width: 0,
+                output_width: config.hidden,
+                bos: None,
+                eos: Vec::new(),
+                chat_template: None,
+                root,
+                layer_costs: bert_costs(config, weights),
             },
             Config::Mlp(config) => Self {
                 name,
@@ -150,8 +167,26 @@ fn llama_costs(config: &LlamaConfig, weights: &Weights) -> Vec<LayerCost> {
     costs
 }
 
-fn elements((_, shape): &(&'static str, Vec<usize>)) -> usize {
+fn elements<N>((_, shape): &(N, Vec<usize>)) -> usize {
     shape.iter().product()
+}
+
+/// Nothing is kept between steps, so keys and values cost no memory.
+fn bert_costs(config: &BertConfig, weights: &Weights) -> Vec<LayerCost> {
+    let shapes = bert::layer_shapes(config);
+    let stored = |names: Vec<String>| names.iter().map(|name| weights.stored_bytes(name)).sum::<u64>();
+    let mut costs: Vec<LayerCost> = (0..config.layers)
+        .map(|layer| LayerCost {
+            weight_bytes: stored(bert::layer_tensors(config, weights, layer)),
+            kv_bytes_per_position: 0,
+            work: shapes.iter().filter(|(_, shape)| shape.len() == 2).map(elements).sum::<usize>() as f64,
+            boundary_bytes: (config.hidden * size_of::<f32>()) as u64,
+        })
+        .collect();
+    if let Some(first) = costs.first_mut() {
+        first.weight_bytes += stored(bert::entry_tensors(config, weights));
+    }
+    costs
 }
 
 fn mlp_costs(config: &MlpConfig, weights: &Weights) -> Vec<LayerCost> {
@@ -173,8 +208,9 @@ fn mlp_costs(config: &MlpConfig, weights: &Weights) -> Vec<LayerCost> {
 fn root(source: &Source) -> [u8; 32] {
     let small = [(b'c', Some(&source.config)), (b't', source.tokenizer.as_ref()), (b'i', source.index.as_ref())];
     let small = small.into_iter().filter_map(|(role, part)| part.map(|part| (role, part)));
+    let weights = source.weights.iter().map(|part| (b'w', part));
     let parts: Vec<(u8, &Part)> = match source.format {
-        Format::Safetensors => small.chain(source.weights.iter().map(|part| (b'w', part))).collect(),
+        Format::Safetensors => small.chain(weights).chain(beside(&source.sentences)).collect(),
         Format::Gguf => source.weights.iter().map(|part| (b'g', part)).collect(),
     };
     let mut root = Sha256::new();
@@ -197,6 +233,11 @@ fn root(source: &Source) -> [u8; 32] {
     root.finalize().into()
 }
 
+fn beside(Sentences { modules, pooling, limits }: &Sentences) -> impl Iterator<Item = (u8, &Part)> {
+    let roles = [(b'm', modules), (b'p', pooling), (b's', limits)].into_iter();
+    roles.filter_map(|(role, part)| part.as_ref().map(|part| (role, part)))
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::source::Bytes;
@@ -208,6 +249,7 @@ mod tests {
             name: "m".into(),
             config: part(config),
             tokenizer: tokenizer.map(part),
+            sentences: Sentences::default(),
             index: None,
             weights: weights.iter().map(|bytes| part(bytes)).collect(),
             format: Format::Safetensors,
@@ -228,6 +270,23 @@ mod tests {
             source(b"cw", None, &[b""]),
         ]
         .map(|source| root(&source));
+        for (index, one) in roots.iter().enumerate() {
+            assert!(roots.iter().skip(index + 1).all(|other| other != one), "{index}");
+        }
+    }
+
+    #[test]
+    fn what_lies_beside_an_encoder_reaches_the_root() {
+        let part =
+            |bytes: &[u8]| Some(Part { file: "f".into(), name: "n".into(), bytes: Bytes::Owned(bytes.to_vec()) });
+        let with = |sentences| root(&Source { sentences, ..source(b"c", None, &[b"w"]) });
+        let roots = [
+            with(Sentences::default()),
+            with(Sentences { modules: part(b"x"), ..Sentences::default() }),
+            with(Sentences { pooling: part(b"x"), ..Sentences::default() }),
+            with(Sentences { limits: part(b"x"), ..Sentences::default() }),
+            with(Sentences { limits: part(b"y"), ..Sentences::default() }),
+        ];
         for (index, one) in roots.iter().enumerate() {
             assert!(roots.iter().skip(index + 1).all(|other| other != one), "{index}");
         }

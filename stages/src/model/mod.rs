@@ -11,6 +11,7 @@
 //! It refuses to know nodes, plans, votes on the wire and HTTP. It reads files only in [`Model::open`] and
 //! [`Model::load`].
 
+mod bert;
 mod builtin;
 pub mod config;
 mod generation;
@@ -33,6 +34,8 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 
 use butterfly_kernels::RopeError;
 
+use bert::BertSlice;
+use config::pooling::Pooling;
 use config::{Config, ConfigError};
 use gguf::tensors::ROPE_FACTORS;
 use llama::LlamaSlice;
@@ -141,9 +144,14 @@ impl Model {
         };
         check_tensors(&config, &weights)?;
         let manifest = Manifest::new(&source, &config, &weights);
+        let text_tokens_max = match &config {
+            Config::Bert(config) => Some(Pooling::read(config, &source.sentences)?.text_tokens_max),
+            Config::Llama(_) | Config::Mlp(_) => None,
+        };
         let tokenizer = match &source.tokenizer {
             Some(part) if manifest.vocabulary > 0 => {
-                Some(Tokenizer::parse(&part.file, part.bytes.as_ref(), manifest.vocabulary)?)
+                let tokenizer = Tokenizer::parse(&part.file, part.bytes.as_ref(), manifest.vocabulary)?;
+                Some(tokenizer.cutting(text_tokens_max))
             }
             _ => None,
         };
@@ -194,6 +202,10 @@ impl Model {
             Config::Llama(config) => {
                 Layers::Llama(Box::new(LlamaSlice::load(config, &self.weights, &loading, first..last)?))
             }
+            Config::Bert(config) => {
+                let pooling = Pooling::read(config, &self.source.sentences)?;
+                Layers::Bert(Box::new(BertSlice::load(config, pooling, &self.weights, &loading, first..last)?))
+            }
             Config::Mlp(config) => Layers::Mlp(MlpSlice::load(config, &self.weights, &loading, first..last)?),
         };
         loading.finish();
@@ -213,6 +225,7 @@ impl Model {
 fn check_tensors(config: &Config, weights: &Weights) -> Result<(), WeightsError> {
     let (shapes, dtype) = match config {
         Config::Llama(config) => (llama::shapes(config), config.dtype),
+        Config::Bert(config) => (bert::shapes(config, weights), config.dtype),
         Config::Mlp(config) => (mlp::shapes(config), config.dtype),
     };
     for (tensor, shape) in &shapes {
@@ -226,6 +239,7 @@ fn check_tensors(config: &Config, weights: &Weights) -> Result<(), WeightsError>
     let known: BTreeSet<&str> = shapes.iter().map(|(tensor, _)| tensor.as_str()).collect();
     let takes_no_part = |tensor: &str| match config {
         Config::Llama(config) => llama::takes_no_part(config, tensor) || tensor == ROPE_FACTORS,
+        Config::Bert(_) => bert::takes_no_part(weights, tensor),
         Config::Mlp(_) => false,
     };
     match weights.names().find(|tensor| !known.contains(tensor) && !takes_no_part(tensor)) {

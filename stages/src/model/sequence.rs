@@ -56,7 +56,7 @@ pub enum StepOutput {
     /// From the last slice: the logits of the last of the positions, f32 `[vocabulary]`. They may hold a NaN or an
     /// infinity, which sampling refuses, so that logits nobody samples from do not end a request.
     Logits(Vec<f32>),
-    /// From the last slice: the output vector of a dense network, all finite.
+    /// From the last slice: the output vector of a dense network or of an encoder, all finite.
     Vector(Vec<f32>),
     /// A position has a NaN or an infinity.
     Numeric {
@@ -106,6 +106,9 @@ pub enum StepFault {
         /// Positions at most.
         context_length: usize,
     },
+    /// A text came in parts, to an encoder.
+    #[error("a text is one step of an encoder, and this sequence has had its text")]
+    Whole,
     /// A value is NaN or infinite. An honest slice never sends one.
     #[error("a value is NaN or infinite")]
     NotFinite,

@@ -14,6 +14,7 @@ use std::ops::Range;
 
 use butterfly_kernels::{CacheStorage, Pool, all_finite};
 
+use super::bert::BertSlice;
 use super::llama::LlamaSlice;
 use super::mlp::MlpSlice;
 use super::sequence::{Sequence, SequenceStep, Span, StepFault, StepInput, StepOutput};
@@ -30,6 +31,7 @@ pub struct SliceModel {
 #[derive(Debug)]
 pub(super) enum Layers {
     Llama(Box<LlamaSlice>),
+    Bert(Box<BertSlice>),
     Mlp(MlpSlice),
 }
 
@@ -65,7 +67,7 @@ impl SliceModel {
     fn sequence(&self, storage: CacheStorage) -> Sequence {
         let caches = match &self.layers {
             Layers::Llama(slice) => slice.new_caches(storage),
-            Layers::Mlp(_) => Vec::new(),
+            Layers::Bert(_) | Layers::Mlp(_) => Vec::new(),
         };
         let (root, layers) = (self.root, self.range.clone());
         Sequence { root, layers, caches, interior: Default::default(), position: 0, numeric: false }
@@ -88,6 +90,7 @@ impl SliceModel {
     pub fn is_last(&self) -> bool {
         match &self.layers {
             Layers::Llama(slice) => slice.is_last(),
+            Layers::Bert(slice) => slice.is_last(),
             Layers::Mlp(slice) => slice.is_last(),
         }
     }
@@ -97,6 +100,7 @@ impl SliceModel {
     pub fn weight_bytes(&self) -> usize {
         match &self.layers {
             Layers::Llama(slice) => slice.weight_bytes(),
+            Layers::Bert(slice) => slice.weight_bytes(),
             Layers::Mlp(slice) => slice.weight_bytes(),
         }
     }
@@ -106,6 +110,7 @@ impl SliceModel {
     pub fn input_width(&self) -> usize {
         match &self.layers {
             Layers::Llama(slice) => slice.width(),
+            Layers::Bert(slice) => slice.width(),
             Layers::Mlp(slice) => slice.input_width(),
         }
     }
@@ -115,6 +120,7 @@ impl SliceModel {
     pub fn output_width(&self) -> usize {
         match &self.layers {
             Layers::Llama(slice) => slice.width(),
+            Layers::Bert(slice) => slice.width(),
             Layers::Mlp(slice) => slice.output_width(),
         }
     }
@@ -128,9 +134,13 @@ impl SliceModel {
         if sequence.root != self.root || sequence.layers != self.range {
             return Err(StepFault::ForeignSequence);
         }
+        let vocabulary = match &self.layers {
+            Layers::Llama(slice) => slice.vocabulary(),
+            Layers::Bert(slice) => slice.vocabulary(),
+            Layers::Mlp(_) => 0,
+        };
         let rows = match (&self.layers, input, self.is_first()) {
-            (Layers::Llama(slice), StepInput::Tokens(tokens), true) => {
-                let vocabulary = slice.vocabulary();
+            (Layers::Llama(_) | Layers::Bert(_), StepInput::Tokens(tokens), true) => {
                 match tokens.iter().find(|token| **token as usize >= vocabulary) {
                     Some(token) => return Err(StepFault::Token { token: *token, vocabulary }),
                     None => tokens.len(),
@@ -139,12 +149,15 @@ impl SliceModel {
             (Layers::Mlp(_), StepInput::Vector(values), true) | (_, StepInput::Rows(values), false) => {
                 whole_rows(values, self.input_width())?
             }
-            (Layers::Llama(_), _, true) => return Err(StepFault::Kind { expected: "tokens" }),
+            (Layers::Llama(_) | Layers::Bert(_), _, true) => return Err(StepFault::Kind { expected: "tokens" }),
             (Layers::Mlp(_), _, true) => return Err(StepFault::Kind { expected: "a vector" }),
             (_, _, false) => return Err(StepFault::Kind { expected: "rows" }),
         };
         if rows == 0 {
             return Err(StepFault::Empty);
+        }
+        if matches!(self.layers, Layers::Bert(_)) && sequence.position > 0 {
+            return Err(StepFault::Whole);
         }
         if rows > self.context_length.saturating_sub(sequence.position) {
             let (position, context_length) = (sequence.position, self.context_length);
@@ -223,8 +236,11 @@ impl SliceModel {
     fn enter(&self, input: StepInput<'_>, count: usize, batch: &mut Vec<f32>) {
         match input {
             StepInput::Tokens(tokens) => {
-                if let Layers::Llama(slice) = &self.layers {
-                    slice.embed(tokens.get(..count).unwrap_or(tokens), batch);
+                let tokens = tokens.get(..count).unwrap_or(tokens);
+                match &self.layers {
+                    Layers::Llama(slice) => slice.embed(tokens, batch),
+                    Layers::Bert(slice) => slice.embed(tokens, batch),
+                    Layers::Mlp(_) => {}
                 }
             }
             StepInput::Rows(values) | StepInput::Vector(values) => {
@@ -240,6 +256,7 @@ impl SliceModel {
         }
         let batch = match &self.layers {
             Layers::Llama(slice) => slice.run(pool, batch, spans),
+            Layers::Bert(slice) => slice.run(pool, batch, spans),
             Layers::Mlp(slice) => slice.run(pool, batch, spans),
         };
         let width = self.output_width();
@@ -249,6 +266,9 @@ impl SliceModel {
         match &self.layers {
             Layers::Llama(slice) if slice.is_last() => {
                 slice.logits(pool, &batch, spans).into_iter().map(StepOutput::Logits).collect()
+            }
+            Layers::Bert(slice) if slice.is_last() => {
+                slice.vectors(pool, &batch, spans).into_iter().map(StepOutput::Vector).collect()
             }
             Layers::Mlp(slice) if slice.is_last() => spans.iter().map(|span| StepOutput::Vector(rows(span))).collect(),
             _ => spans.iter().map(|span| StepOutput::Rows(rows(span))).collect(),

@@ -1,8 +1,8 @@
 //! Where the bytes of a model come from: a folder, a GGUF file, or this program itself.
 //!
-//! Invariants: the parts of a [`Source`] are in one fixed order (config, tokenizer, index, weight files by name); small
-//! parts are private copies, so what is digested is what is parsed; weight files are mapped. Embedded bytes may lie at
-//! any address: nothing here promises alignment. Config and tokenizer of a GGUF file are derived from it, and so only the
+//! Invariants: the parts of a [`Source`] are in one fixed order (config, tokenizer, index, weight files by name, what lies
+//! beside an encoder); small parts are private copies, so what is digested is what is parsed; weight files are mapped.
+//! Embedded bytes may lie at any address: nothing here promises alignment. Config and tokenizer of a GGUF file are derived from it, and so only the
 //! file itself is digested.
 //!
 //! It refuses to know what the bytes mean, apart from the file names in a shard index.
@@ -31,6 +31,9 @@ const CONFIG_FILE: &str = "config.json";
 const TOKENIZER_FILE: &str = "tokenizer.json";
 const WEIGHTS_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
+const MODULES_FILE: &str = "modules.json";
+const POOLING_FILE: &str = "1_Pooling/config.json";
+const SENTENCES_FILE: &str = "sentence_bert_config.json";
 
 /// The bytes of a model, unread.
 #[derive(Debug)]
@@ -39,6 +42,8 @@ pub(super) struct Source {
     pub(super) name: String,
     pub(super) config: Part,
     pub(super) tokenizer: Option<Part>,
+    /// What says how an encoder's rows become one vector.
+    pub(super) sentences: Sentences,
     /// The shard index, where the weights are in several files.
     pub(super) index: Option<Part>,
     /// Ascending by file name.
@@ -55,6 +60,17 @@ pub(super) enum Format {
     Safetensors,
     /// One file, which config and tokenizer were derived from.
     Gguf,
+}
+
+/// The files that sentence-transformers puts beside an encoder, as far as they are there.
+#[derive(Debug, Default)]
+pub(super) struct Sentences {
+    /// `modules.json`: what follows the encoder.
+    pub(super) modules: Option<Part>,
+    /// `1_Pooling/config.json`.
+    pub(super) pooling: Option<Part>,
+    /// `sentence_bert_config.json`: where texts are cut.
+    pub(super) limits: Option<Part>,
 }
 
 /// One file of a model.
@@ -188,7 +204,16 @@ impl Source {
         let tokenizer = gguf::tokenizer::tokenizer(&gguf).map_err(wrong)?;
         let tokenizer = tokenizer.map(|json| derived(TOKENIZER_FILE, &json));
         let chat_template = gguf.text("tokenizer.chat_template").map_err(wrong)?.map(str::to_owned);
-        Ok(Self { name, config, tokenizer, index: None, weights: vec![weights], format: Format::Gguf, chat_template })
+        Ok(Self {
+            name,
+            config,
+            tokenizer,
+            sentences: Sentences::default(),
+            index: None,
+            weights: vec![weights],
+            format: Format::Gguf,
+            chat_template,
+        })
     }
 
     /// A folder with `config.json`, safetensors, and usually `tokenizer.json`. A single `model.safetensors` is preferred
@@ -204,6 +229,12 @@ impl Source {
             .unwrap_or_else(|| "model".to_owned());
         let config = Part::small(folder, CONFIG_FILE, CONFIG_BYTES_MAX)?;
         let tokenizer = Part::small_if_there(folder, TOKENIZER_FILE, TOKENIZER_BYTES_MAX)?;
+        let beside = |name: &str| Part::small_if_there(folder, name, CONFIG_BYTES_MAX);
+        let sentences = Sentences {
+            modules: beside(MODULES_FILE)?,
+            pooling: beside(POOLING_FILE)?,
+            limits: beside(SENTENCES_FILE)?,
+        };
         let (index, weights) = if is_there(folder, WEIGHTS_FILE) {
             (None, vec![Part::mapped(folder, WEIGHTS_FILE)?])
         } else if let Some(index) = Part::small_if_there(folder, INDEX_FILE, INDEX_BYTES_MAX)? {
@@ -215,7 +246,7 @@ impl Source {
             return Err(SourceError::NoWeights { folder: folder.to_owned() });
         };
         let format = Format::Safetensors;
-        Ok(Self { name, config, tokenizer, index, weights, format, chat_template: None })
+        Ok(Self { name, config, tokenizer, sentences, index, weights, format, chat_template: None })
     }
 }
 

@@ -2,13 +2,18 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+mod families;
 mod files;
 mod gguf;
 mod golden;
 mod invariance;
+mod minilm;
 mod numeric;
+mod plain;
 mod reference;
 mod safetensors;
+#[path = "../support/minilm.rs"]
+mod support;
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;

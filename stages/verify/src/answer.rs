@@ -135,7 +135,10 @@ impl Answer {
                 Self::Numeric { .. } | Self::Text { .. } => Err(Misfit::Kind),
             };
         };
+        let is_embedding = request.params.max_tokens == 0;
         let (tokens, prompt_tokens, choice, least, spare) = match self {
+            Self::Vector { .. } if is_embedding => return Ok(()),
+            Self::Text { .. } if is_embedding => return Err(Misfit::Kind),
             Self::Text { tokens, prompt_tokens, choice, .. } => (tokens, prompt_tokens, choice, 1, 0),
             // Each token was sampled and fed back, and did not end the answer: one more was wanted.
             Self::Numeric { tokens, prompt_tokens, choice } => (tokens, prompt_tokens, choice, 0, 1),

@@ -75,8 +75,8 @@ impl Default for BoundaryRoot {
 
 /// Boundary 0 as the request and the answer give it: positions and root.
 ///
-/// Text: the prompt and every token that was fed back, which is all but the last. Vector: one position. This is what
-/// closes the token loop: a last slice that samples one token and feeds back another certifies nothing.
+/// Text: the prompt and every token that was fed back, which is all but the last. Embedding: the prompt. Vector: one
+/// position. This is what closes the token loop: a last slice that samples one token and feeds back another certifies nothing.
 pub fn boundary0(request: &Request, answer: &Answer) -> Result<(u32, Digest), Misfit> {
     answer.fits(request)?;
     let mut boundary = BoundaryRoot::new();
@@ -86,7 +86,7 @@ pub fn boundary0(request: &Request, answer: &Answer) -> Result<(u32, Digest), Mi
             let fed = match answer {
                 Answer::Text { tokens, .. } => tokens.split_last().map_or(&[][..], |(_, fed)| fed),
                 Answer::Numeric { tokens, .. } => tokens.as_slice(),
-                Answer::Vector { .. } => return Err(Misfit::Kind),
+                Answer::Vector { .. } => &[],
             };
             prompt.iter().chain(fed).for_each(|token| boundary.push_token(*token));
         }

@@ -73,11 +73,12 @@ impl Input {
     }
 }
 
-/// How to generate. A vector's answer depends on none of these.
+/// How to generate. An answer that is a vector depends on none of these.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Params {
-    /// Tokens to generate at most; at least 1, except for a vector.
+    /// Tokens to generate at most. With 0 nothing is generated, and the answer is a vector: what a dense network gives, or
+    /// the embedding of a text.
     pub max_tokens: u32,
     /// 0 is greedy.
     #[serde(with = "text::float")]
@@ -296,7 +297,7 @@ fn check(parts: &RequestParts) -> Result<(), RequestError> {
             in_range("input.values", values.iter().all(|value| value.is_finite()))?;
         }
     }
-    check_params(&parts.params, parts.input.tokens().is_some())?;
+    check_params(&parts.params)?;
     match parts.expires_ms.checked_sub(parts.now_ms) {
         None => Err(RequestError::ExpiresBeforeNow),
         Some(ahead) if ahead > EXPIRY_MS_MAX => {
@@ -306,12 +307,9 @@ fn check(parts: &RequestParts) -> Result<(), RequestError> {
     }
 }
 
-fn check_params(params: &Params, generates: bool) -> Result<(), RequestError> {
+fn check_params(params: &Params) -> Result<(), RequestError> {
     let max_tokens = usize::try_from(params.max_tokens).unwrap_or(usize::MAX);
     at_most("params.max_tokens", max_tokens, TOKENS_MAX)?;
-    if generates && max_tokens == 0 {
-        return Err(RequestError::Empty { field: "params.max_tokens" });
-    }
     in_range("params.temperature", params.temperature.is_finite() && params.temperature >= 0.0)?;
     in_range("params.top_p", (0.0..=1.0).contains(&params.top_p))?;
     in_range("params.presence_penalty", params.presence_penalty.is_finite())?;

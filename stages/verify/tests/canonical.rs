@@ -2,8 +2,8 @@
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
 use butterfly_verify::{
-    Answer, Epoch, EpochParts, Evidence, Finish, Input, Limits, Member, Mode, NodeIndex, Params, PublicKey, Receipt,
-    Request, RequestParts, SliceReplicas,
+    Answer, BoundaryRoot, Epoch, EpochParts, Evidence, Finish, Input, Limits, Member, Mode, NodeIndex, Params,
+    PublicKey, Receipt, Request, RequestParts, SliceReplicas, boundary0,
 };
 use k256::ecdsa::SigningKey;
 use proptest::prelude::*;
@@ -203,12 +203,11 @@ fn rules_of_a_request_hold_in_every_form() {
         now_ms: 5,
         expires_ms: 10,
     };
-    let refused: [fn(&mut RequestParts); 14] = [
+    let refused: [fn(&mut RequestParts); 13] = [
         |parts| parts.client = "x".repeat(257),
         |parts| parts.input = Input::Tokens { tokens: vec![] },
         |parts| parts.input = Input::Vector { values: vec![] },
         |parts| parts.input = Input::Vector { values: vec![f32::NAN] },
-        |parts| parts.params.max_tokens = 0,
         |parts| parts.params.max_tokens = u32::MAX,
         |parts| parts.params.temperature = -1.0,
         |parts| parts.params.top_p = f32::NAN,
@@ -225,6 +224,27 @@ fn rules_of_a_request_hold_in_every_form() {
         break_it(&mut parts);
         assert!(Request::new(parts).is_err(), "rule {rule}");
     }
+    // Nothing is generated: the answer is the embedding of the tokens, or that it has none.
+    let embedding = RequestParts { params: Params { max_tokens: 0, ..Params::default() }, ..base() };
+    let embedding = Request::new(embedding).unwrap();
+    let vector = Answer::Vector { values: vec![0.5] };
+    let numeric = |tokens: Vec<u32>, prompt_tokens| Answer::Numeric { tokens, prompt_tokens, choice: 0 };
+    let text = Answer::Text { tokens: vec![], text: vec![], finish: Finish::Length, prompt_tokens: 1, choice: 0 };
+    let generating = Request::new(base()).unwrap();
+    for (request, answer, fits) in [
+        (&embedding, &vector, true),
+        (&embedding, &numeric(vec![], 1), true),
+        (&embedding, &numeric(vec![], 0), false),
+        (&embedding, &numeric(vec![4], 1), false),
+        (&embedding, &text, false),
+        (&generating, &vector, false),
+        (&generating, &text, false),
+    ] {
+        assert_eq!(answer.fits(request).is_ok(), fits, "{answer:?}");
+    }
+    let mut prompt = BoundaryRoot::new();
+    prompt.push_token(1);
+    assert_eq!(boundary0(&embedding, &vector).unwrap(), (1, prompt.root()));
     let vector = RequestParts {
         input: Input::Vector { values: vec![-0.0] },
         params: Params { max_tokens: 0, ..Params::default() },

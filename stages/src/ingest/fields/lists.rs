@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt;
 use std::marker::PhantomData;
 
-use butterfly_verify::limits::{LOGIT_BIAS_MAX, STOP_BYTES_MAX, STOPS_MAX, TOKENS_MAX, VALUES_MAX};
+use butterfly_verify::limits::{LOGIT_BIAS_MAX, STOP_BYTES_MAX, STOPS_MAX, TOKENS_MAX};
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 use super::Setting;
@@ -37,10 +37,6 @@ pub(in crate::ingest) enum Prompt {
     /// A list of several prompts.
     Several,
 }
-
-/// `input`: finite numbers.
-#[derive(Debug, PartialEq)]
-pub(in crate::ingest) struct Vector(pub Vec<f32>);
 
 /// `stop`: one string or several.
 #[derive(Debug, PartialEq)]
@@ -165,7 +161,7 @@ impl<'de, T: Kind> Deserialize<'de> for List<T> {
 }
 
 /// A token id, or not.
-fn token(value: &Setting) -> Option<u32> {
+pub(super) fn token(value: &Setting) -> Option<u32> {
     match value {
         Setting::Integer(value) => u32::try_from(*value).ok(),
         _ => None,
@@ -278,29 +274,6 @@ impl<'de> Deserialize<'de> for Element {
         }
 
         deserializer.deserialize_any(First)
-    }
-}
-
-impl Kind for Vector {
-    const WANTED: &'static str = "a list of numbers";
-
-    fn from_list<'de, A: SeqAccess<'de>>(list: &mut A) -> Result<Result<Self, String>, A::Error> {
-        let mut values = Vec::new();
-        while let Some(value) = list.next_element::<Setting>()? {
-            let value = match value {
-                Setting::Integer(value) => value as f32,
-                Setting::Number(value) => value as f32,
-                _ => f32::NAN,
-            };
-            if !value.is_finite() {
-                return Ok(Err(format!("element {} is no number that a 32-bit float can hold", values.len())));
-            }
-            if values.len() == VALUES_MAX {
-                return Ok(Err(format!("has more than {VALUES_MAX} numbers")));
-            }
-            values.push(value);
-        }
-        Ok(Ok(Self(values)))
     }
 }
 

@@ -71,9 +71,12 @@ fn prompts_are_one_text_or_one_list_of_tokens() {
 #[test]
 fn vectors_are_finite_numbers() {
     let input = |json: &str| fields(&format!("{{\"input\": {json}}}")).input.value("input");
-    assert_eq!(input("[1, -2.5, 1e-3]").unwrap(), Some(Vector(vec![1.0, -2.5, 1e-3])));
-    assert_eq!(input("[]").unwrap(), Some(Vector(vec![])));
-    for wrong in ["[1e39]", "[null]", "[\"1\"]", "\"x\"", "{}", "[1, [2]]"] {
+    assert_eq!(
+        input("[1, -2.5, 1e-3]").unwrap(),
+        Some(Inputs::Numbers { values: vec![1.0, -2.5, 1e-3], are_ids: false })
+    );
+    assert_eq!(input("[]").unwrap(), Some(Inputs::Numbers { values: vec![], are_ids: false }));
+    for wrong in ["[1e39]", "[1, 1e39]", "[null]", "[1, null]", "[1, \"1\"]", "{}", "[1, [2]]", "[[1], 2]"] {
         assert_eq!(param(input(wrong).unwrap_err()), ("invalid_value", "input".into()), "{wrong}");
     }
     assert_eq!(Fields::parse(br#"{"input": [1e999]}"#).unwrap_err().body.code, "invalid_json");

@@ -22,7 +22,7 @@ fn with(changes: Value) -> Result<Config, ConfigError> {
 fn llama_with(changes: Value) -> LlamaConfig {
     match with(changes).unwrap() {
         Config::Llama(config) => config,
-        Config::Mlp(_) => panic!("an mlp"),
+        other => panic!("{other:?}"),
     }
 }
 
@@ -48,6 +48,49 @@ fn what_is_absent_takes_the_default_of_the_family() {
     let qwen = llama_with(json!({"model_type": "qwen2", "use_sliding_window": false, "sliding_window": 128}));
     assert!(qwen.qkv_bias && !qwen.output_bias);
     assert_eq!(llama_with(json!({"eos_token_id": [7, 3, 7]})).eos, vec![3, 7]);
+}
+
+#[test]
+fn a_qwen3_norms_its_heads_and_says_their_size() {
+    let config = llama_with(json!({"model_type": "qwen3", "head_dim": 32, "sliding_window": null}));
+    assert!(config.head_norms && !config.qkv_bias && !config.output_bias);
+    assert_eq!((config.head_dim, config.heads * config.head_dim), (32, 128), "not the width of the residual");
+    assert_eq!(llama_with(json!({"model_type": "qwen3"})).head_dim, 128);
+    assert!(!llama_with(json!({})).head_norms);
+}
+
+#[test]
+fn a_mistral_may_have_a_window_that_covers_its_context() {
+    for window in [json!(null), json!(1024), json!(4096)] {
+        assert!(!llama_with(json!({"model_type": "mistral", "sliding_window": window})).qkv_bias);
+    }
+    let error = with(json!({"model_type": "mistral", "sliding_window": 1023})).unwrap_err();
+    assert!(matches!(error, ConfigError::Unsupported { field, .. } if field == "sliding_window"));
+}
+
+#[test]
+fn an_encoder_says_what_is_not_computed() {
+    let bert = |changes: Value| {
+        let mut value = json!({"model_type": "bert", "hidden_size": 24, "num_attention_heads": 3, "num_hidden_layers": 2,
+            "intermediate_size": 40, "vocab_size": 100, "max_position_embeddings": 512, "type_vocab_size": 2,
+            "layer_norm_eps": 1e-12, "hidden_act": "gelu", "torch_dtype": "float16", "is_decoder": false});
+        value.as_object_mut().unwrap().extend(changes.as_object().unwrap().clone());
+        Config::parse(value.to_string().as_bytes())
+    };
+    let Ok(Config::Bert(config)) = bert(json!({})) else { panic!("no encoder") };
+    assert_eq!((config.hidden, config.context_length, config.dtype), (24, 512, Some(Dtype::F16)));
+    for (changes, field) in [
+        (json!({"hidden_act": "gelu_new"}), "hidden_act"),
+        (json!({"position_embedding_type": "relative_key"}), "position_embedding_type"),
+        (json!({"is_decoder": true}), "is_decoder"),
+        (json!({"num_attention_heads": 5}), "num_attention_heads"),
+        (json!({"max_position_embeddings": 1 << 20}), "max_position_embeddings"),
+        (json!({"type_vocab_size": 0}), "type_vocab_size"),
+        (json!({"layer_norm_eps": null}), "layer_norm_eps"),
+    ] {
+        let error = bert(changes).unwrap_err().to_string();
+        assert!(error.contains(&format!("'{field}'")), "{field}: {error}");
+    }
 }
 
 #[test]

@@ -120,7 +120,7 @@ pub fn model(
 pub fn shapes(config: &[u8]) -> Result<Vec<(String, Vec<usize>)>, ConvertError> {
     match Config::parse(config)? {
         Config::Llama(llama) => Ok(llama::shapes(&llama)),
-        Config::Mlp(_) => Err(ConvertError::Architecture),
+        Config::Bert(_) | Config::Mlp(_) => Err(ConvertError::Architecture),
     }
 }
 

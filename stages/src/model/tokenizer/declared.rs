@@ -10,7 +10,7 @@ use serde::Deserialize;
 use serde::de::{MapAccess, Visitor};
 use serde_json::Value;
 
-use super::{TokenizerError, byte_char};
+use super::{SPACE, TokenizerError, byte_char};
 
 /// Nesting of normalizers and pre-tokenizers in sequences, at most.
 const NESTING_MAX: usize = 4;
@@ -18,7 +18,10 @@ const NESTING_MAX: usize = 4;
 const AFFIX_TOKENS_MAX: usize = 16;
 /// Length of a value quoted in an error, in characters.
 const QUOTED_CHARS_MAX: usize = 80;
-const AFFIXES: &str = "null, ByteLevel, a TemplateProcessing of special tokens around one $A, or a Sequence of them";
+const AFFIXES: &str =
+    "null, ByteLevel, BertProcessing, a TemplateProcessing of special tokens around one $A, or a Sequence of them";
+/// Forms of Unicode and the like, which change no boundary of tokens by themselves.
+const FORMS: [&str; 6] = ["NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents"];
 
 /// The parts of `tokenizer.json` that are checked here.
 #[derive(Deserialize)]
@@ -33,7 +36,18 @@ pub(super) struct Declared {
     post_processor: Value,
     #[serde(default)]
     decoder: Value,
-    model: Bpe,
+    model: Tokens,
+}
+
+/// How a text becomes tokens.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    /// BPE over an alphabet of 256 characters that stand for bytes.
+    ByteLevel,
+    /// BPE over characters, with a token for each byte of what has none.
+    ByteFallback,
+    /// Longest matches within words.
+    WordPiece,
 }
 
 #[derive(Deserialize)]
@@ -44,9 +58,11 @@ pub(super) struct Added {
 }
 
 #[derive(Deserialize)]
-struct Bpe {
+struct Tokens {
     #[serde(default)]
     r#type: Value,
+    #[serde(default)]
+    unk_token: Value,
     #[serde(default)]
     dropout: Value,
     #[serde(default)]
@@ -56,6 +72,7 @@ struct Bpe {
     #[serde(default)]
     byte_fallback: Value,
     vocab: Vocabulary,
+    #[serde(default)]
     merges: Vec<Merge>,
 }
 
@@ -107,6 +124,12 @@ pub(super) enum Meaning<'a> {
     Bytes(&'a str),
     /// Text as it is.
     Literal(&'a str),
+    /// Text with [`SPACE`] for spaces.
+    Spaced(&'a str),
+    /// Text after a space.
+    Word(&'a str),
+    /// One byte.
+    Byte(u8),
     /// No text at all.
     Special,
 }
@@ -114,17 +137,14 @@ pub(super) enum Meaning<'a> {
 impl Declared {
     /// Checks everything the module promises; gives what each id stands for.
     pub(super) fn check(&self, file: &str, vocabulary: usize) -> Result<BTreeMap<u32, Meaning<'_>>, TokenizerError> {
-        self.check_parts(file)?;
+        let kind = self.kind();
+        self.check_parts(file, kind)?;
         let mut ids = self.check_vocabulary(file, vocabulary)?;
         self.check_merges(file, &ids)?;
-        for byte in 0..=255_u8 {
-            if !ids.contains_key(byte_char(byte).encode_utf8(&mut [0; 4]) as &str) {
-                return Err(TokenizerError::ByteMissing { file: file.to_owned(), byte });
-            }
-        }
+        self.check_every_text(file, kind, &ids)?;
         let mut strings: BTreeMap<u32, &str> = ids.iter().map(|(token, id)| (*id, *token)).collect();
         let mut meanings: BTreeMap<u32, Meaning<'_>> =
-            ids.iter().map(|(token, id)| (*id, Meaning::Bytes(token))).collect();
+            ids.iter().map(|(token, id)| (*id, self.meaning(kind, token))).collect();
         let mut added: BTreeSet<u32> = BTreeSet::new();
         for token in &self.added_tokens {
             let (content, id) = (token.content.as_str(), token.id);
@@ -141,11 +161,54 @@ impl Declared {
         Ok(meanings)
     }
 
-    fn check_parts(&self, file: &str) -> Result<(), TokenizerError> {
+    fn kind(&self) -> Kind {
+        match &self.model {
+            model if model.r#type == "WordPiece" => Kind::WordPiece,
+            model if model.byte_fallback == true => Kind::ByteFallback,
+            _ => Kind::ByteLevel,
+        }
+    }
+
+    /// What precedes a piece that continues a word.
+    fn continuing_prefix(&self) -> &str {
+        self.model.continuing_subword_prefix.as_str().unwrap_or("##")
+    }
+
+    fn meaning<'a>(&self, kind: Kind, token: &'a str) -> Meaning<'a> {
+        match kind {
+            Kind::ByteLevel => Meaning::Bytes(token),
+            Kind::ByteFallback => byte_of(token).map_or(Meaning::Spaced(token), Meaning::Byte),
+            Kind::WordPiece => {
+                token.strip_prefix(self.continuing_prefix()).map_or(Meaning::Word(token), Meaning::Literal)
+            }
+        }
+    }
+
+    /// Whether every text comes to tokens: each byte has one, or what has none becomes the unknown token.
+    fn check_every_text(&self, file: &str, kind: Kind, ids: &BTreeMap<&str, u32>) -> Result<(), TokenizerError> {
+        let missing = |byte: u8| match kind {
+            Kind::ByteLevel => !ids.contains_key(byte_char(byte).encode_utf8(&mut [0; 4]) as &str),
+            Kind::ByteFallback => !ids.contains_key(format!("<0x{byte:02X}>").as_str()),
+            Kind::WordPiece => false,
+        };
+        if let Some(byte) = (0..=255_u8).find(|byte| missing(*byte)) {
+            return Err(TokenizerError::ByteMissing { file: file.to_owned(), byte });
+        }
+        let unknown = &self.model.unk_token;
+        if kind == Kind::WordPiece && !unknown.as_str().is_some_and(|token| ids.contains_key(token)) {
+            return Err(unsupported(file, "model.unk_token", unknown, "a token of the vocabulary"));
+        }
+        Ok(())
+    }
+
+    fn check_parts(&self, file: &str, kind: Kind) -> Result<(), TokenizerError> {
         let refuse = |field: &str, found: &Value, supported: &'static str| unsupported(file, field, found, supported);
         let model = &self.model;
-        if !(model.r#type.is_null() || model.r#type == "BPE") {
-            return Err(refuse("model.type", &model.r#type, "BPE"));
+        if !(model.r#type.is_null() || model.r#type == "BPE" || model.r#type == "WordPiece") {
+            return Err(refuse("model.type", &model.r#type, "BPE, WordPiece"));
+        }
+        if kind == Kind::WordPiece {
+            return self.check_word_pieces(&refuse);
         }
         if !(model.dropout.is_null() || model.dropout.as_f64() == Some(0.0)) {
             return Err(refuse("model.dropout", &model.dropout, "null"));
@@ -158,13 +221,16 @@ impl Declared {
                 return Err(refuse(field, value, "null"));
             }
         }
-        if !(model.byte_fallback.is_null() || model.byte_fallback == false) {
-            return Err(refuse("model.byte_fallback", &model.byte_fallback, "false: only byte-level tokenizers"));
+        if !(model.byte_fallback.is_null() || model.byte_fallback.is_boolean()) {
+            return Err(refuse("model.byte_fallback", &model.byte_fallback, "true, false"));
         }
-        let (forms, splits) = (&["NFC", "NFD", "NFKC", "NFKD", "Lowercase"], &["ByteLevel", "Split", "Digits"]);
-        if !self.normalizer.is_null() && !made_of(&self.normalizer, "normalizers", forms, NESTING_MAX) {
-            return Err(refuse("normalizer", &self.normalizer, "null, NFC, NFD, NFKC, NFKD, Lowercase"));
+        if kind == Kind::ByteFallback {
+            return self.check_fallback(&refuse);
         }
+        if !nothing_or_made_of(&self.normalizer, "normalizers", &FORMS) {
+            return Err(refuse("normalizer", &self.normalizer, "null, NFC, NFD, NFKC, NFKD, Lowercase, StripAccents"));
+        }
+        let splits = &["ByteLevel", "Split", "Digits"];
         let byte_level = holds(&self.pre_tokenizer, "pretokenizers", "ByteLevel");
         if !byte_level || !made_of(&self.pre_tokenizer, "pretokenizers", splits, NESTING_MAX) {
             let supported = "ByteLevel, alone or in a Sequence with Split and Digits";
@@ -172,6 +238,55 @@ impl Declared {
         }
         if !made_of(&self.decoder, "decoders", &["ByteLevel"], NESTING_MAX) {
             return Err(refuse("decoder", &self.decoder, "ByteLevel"));
+        }
+        Ok(())
+    }
+
+    /// The parts around BPE that SentencePiece models are converted to: spaces become [`SPACE`], and back.
+    fn check_fallback(&self, refuse: &Refuse<'_>) -> Result<(), TokenizerError> {
+        let normalizers: Vec<&str> = FORMS.into_iter().chain(["Prepend", "Replace"]).collect();
+        if !nothing_or_made_of(&self.normalizer, "normalizers", &normalizers) {
+            return Err(refuse("normalizer", &self.normalizer, "null, Prepend, Replace, NFC, NFD, NFKC, NFKD"));
+        }
+        if !nothing_or_made_of(&self.pre_tokenizer, "pretokenizers", &["Metaspace", "Split", "Digits"]) {
+            return Err(refuse("pre_tokenizer", &self.pre_tokenizer, "null, Metaspace, Split, Digits"));
+        }
+        let decoders = ["Replace", "ByteFallback", "Fuse", "Strip", "Metaspace"];
+        if !nothing_or_made_of(&self.decoder, "decoders", &decoders) {
+            return Err(refuse("decoder", &self.decoder, "null, Replace, ByteFallback, Fuse, Strip, Metaspace"));
+        }
+        let spaces = [&self.normalizer, &self.pre_tokenizer];
+        for (field, part) in ["normalizer", "pre_tokenizer"].into_iter().zip(spaces) {
+            if !part.is_null() && !only_spaces(part) {
+                return Err(refuse(field, part, "\"▁\" for a space, and nothing else replaced or put before"));
+            }
+        }
+        Ok(())
+    }
+
+    fn check_word_pieces(&self, refuse: &Refuse<'_>) -> Result<(), TokenizerError> {
+        let prefix = &self.model.continuing_subword_prefix;
+        if !(prefix.is_null() || prefix.as_str().is_some_and(|prefix| !prefix.is_empty())) {
+            return Err(refuse("model.continuing_subword_prefix", prefix, "null, \"##\" or another text"));
+        }
+        let normalizers: Vec<&str> = FORMS.into_iter().chain(["BertNormalizer"]).collect();
+        if !nothing_or_made_of(&self.normalizer, "normalizers", &normalizers) {
+            return Err(refuse(
+                "normalizer",
+                &self.normalizer,
+                "null, BertNormalizer, NFC, NFD, NFKC, NFKD, Lowercase",
+            ));
+        }
+        let splits = ["BertPreTokenizer", "Whitespace", "WhitespaceSplit", "Punctuation", "Digits"];
+        if !made_of(&self.pre_tokenizer, "pretokenizers", &splits, NESTING_MAX) {
+            return Err(refuse(
+                "pre_tokenizer",
+                &self.pre_tokenizer,
+                "BertPreTokenizer, Whitespace, Punctuation, Digits",
+            ));
+        }
+        if !nothing_or_made_of(&self.decoder, "decoders", &["WordPiece"]) {
+            return Err(refuse("decoder", &self.decoder, "null, WordPiece"));
         }
         Ok(())
     }
@@ -204,9 +319,10 @@ impl Declared {
         for part in parts {
             match part.get("type").and_then(Value::as_str) {
                 Some("ByteLevel") => {}
-                Some("TemplateProcessing") if templates == 0 => {
+                Some(kind @ ("TemplateProcessing" | "BertProcessing")) if templates == 0 => {
                     templates = 1;
-                    affixes = template(part).ok_or_else(refuse)?;
+                    let read = if kind == "BertProcessing" { first_and_last(part) } else { template(part) };
+                    affixes = read.ok_or_else(refuse)?;
                 }
                 _ => return Err(refuse()),
             }
@@ -248,6 +364,41 @@ fn unsupported(file: &str, field: &str, found: &Value, supported: &'static str) 
     TokenizerError::Unsupported { file: file.to_owned(), field: field.to_owned(), found, supported }
 }
 
+/// How a part is refused: field, what it holds, what could be run.
+type Refuse<'a> = dyn Fn(&str, &Value, &'static str) -> TokenizerError + 'a;
+
+/// The byte that a token of a fallback vocabulary stands for.
+fn byte_of(token: &str) -> Option<u8> {
+    let digits = token.strip_prefix("<0x")?.strip_suffix('>')?;
+    let is_plain = digits.len() == 2 && digits.bytes().all(|digit| digit.is_ascii_hexdigit());
+    u8::from_str_radix(digits, 16).ok().filter(|_| is_plain)
+}
+
+/// Whether every part that replaces or puts something before a text does so for spaces alone.
+fn only_spaces(part: &Value) -> bool {
+    let is = |field: &str, wanted: &str| part.get(field).and_then(Value::as_str) == Some(wanted);
+    let space = SPACE.to_string();
+    match part.get("type").and_then(Value::as_str) {
+        Some("Prepend") => is("prepend", &space),
+        Some("Metaspace") => is("replacement", &space),
+        Some("Replace") => {
+            is("content", &space)
+                && part.get("pattern").is_some_and(|pattern| pattern.get("String") == Some(&" ".into()))
+        }
+        Some("Sequence") => {
+            let members = part.get("normalizers").or_else(|| part.get("pretokenizers")).and_then(Value::as_array);
+            members.is_some_and(|members| members.iter().all(only_spaces))
+        }
+        _ => true,
+    }
+}
+
+/// Reads the tokens that BERT's own post-processor puts around one text.
+fn first_and_last(part: &Value) -> Option<Affixes> {
+    let id = |field: &str| u32::try_from(part.get(field)?.get(1)?.as_u64()?).ok();
+    Some(Affixes { before: vec![id("cls")?], after: vec![id("sep")?] })
+}
+
 /// Reads a template for one text: special tokens, the text once, special tokens.
 fn template(part: &Value) -> Option<Affixes> {
     let mut affixes = Affixes::default();
@@ -283,6 +434,10 @@ fn made_of(part: &Value, list: &str, types: &[&str], nesting: usize) -> bool {
         Some(kind) => types.contains(&kind),
         None => false,
     }
+}
+
+fn nothing_or_made_of(part: &Value, list: &str, types: &[&str]) -> bool {
+    part.is_null() || made_of(part, list, types, NESTING_MAX)
 }
 
 /// Whether a part is of this type or a sequence with one that is.

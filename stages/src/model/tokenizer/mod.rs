@@ -1,15 +1,15 @@
-//! Byte-level BPE tokenizers from `tokenizer.json`.
+//! Tokenizers from `tokenizer.json`: BPE over bytes, BPE over characters that falls back to bytes, and WordPiece.
 //!
 //! Purpose: text to token ids and token ids to exact bytes. Both are part of the function that replicas agree on, so
 //! they depend on the file alone.
 //!
 //! Invariants: every id the tokenizer can give is below the model's vocabulary; ids are distinct and each stands for one
-//! string; the 256 bytes all have a token, so no byte of a prompt is dropped; nothing random (dropout) and nothing that
-//! shortens or pads takes part. The file is checked here before the tokenizers crate sees it, because that crate
+//! string; in BPE the 256 bytes all have a token, so no byte of a prompt is dropped; nothing random (dropout) and nothing
+//! that pads takes part, and texts are cut only where the model says so. The file is checked here before the tokenizers crate sees it, because that crate
 //! indexes by what the file says and resolves repeated ids by the order of a randomly seeded map.
 //!
-//! It refuses to know about chat templates, about stop strings, and about tokenizers that are not byte-level: their
-//! tokens have no bytes of their own.
+//! It refuses to know about chat templates and stop strings. WordPiece loses spaces and capitals, so the bytes of its tokens
+//! are for people to read.
 
 mod declared;
 #[cfg(test)]
@@ -29,6 +29,8 @@ pub const TEXT_BYTES_MAX: usize = 1 << 20;
 #[derive(Clone)]
 pub struct Tokenizer {
     shared: Arc<Shared>,
+    /// Tokens of a text at most, those around it included; the rest is cut off.
+    tokens_max: Option<usize>,
 }
 
 struct Shared {
@@ -150,7 +152,19 @@ impl Tokenizer {
             }
         }
         let (bytes, ends) = byte_table(&meanings, vocabulary);
-        Ok(Self { shared: Arc::new(Shared { inner, bytes, ends, affixes }) })
+        Ok(Self { shared: Arc::new(Shared { inner, bytes, ends, affixes }), tokens_max: None })
+    }
+
+    /// The same tokenizer, cutting what a text has beyond so many tokens. What goes around a text stays.
+    #[must_use]
+    pub(super) fn cutting(self, tokens_max: Option<usize>) -> Self {
+        Self { tokens_max, ..self }
+    }
+
+    /// Whether texts of any length fit, because they are cut.
+    #[must_use]
+    pub fn cuts(&self) -> bool {
+        self.tokens_max.is_some()
     }
 
     /// The ids of a text, with what the file's post-processor adds (a beginning-of-sequence token, say). The text of a
@@ -167,7 +181,9 @@ impl Tokenizer {
             .map_err(|panic| EncodeError::Failed { problem: panic.to_owned() })?
             .map_err(|error| EncodeError::Failed { problem: error.to_string() })?;
         let Affixes { before, after } = &self.shared.affixes;
-        Ok([before, encoding.get_ids(), after].concat())
+        let ids = encoding.get_ids();
+        let room = self.tokens_max.map_or(ids.len(), |max| max.saturating_sub(before.len() + after.len()));
+        Ok([before, ids.get(..room).unwrap_or(ids), after].concat())
     }
 
     /// The exact bytes of a token: possibly not UTF-8 on its own, empty for special tokens and unknown ids.
@@ -206,6 +222,9 @@ fn guarded<T>(run: impl FnOnce() -> T) -> Result<T, &'static str> {
     catch_unwind(AssertUnwindSafe(run)).map_err(|_| "the tokenizer library panicked")
 }
 
+/// The character that SentencePiece puts for a space.
+const SPACE: char = '▁';
+
 /// The bytes of each id in one buffer, and where they end.
 fn byte_table(meanings: &BTreeMap<u32, Meaning<'_>>, vocabulary: usize) -> (Vec<u8>, Vec<u32>) {
     let alphabet: BTreeMap<char, u8> = (0..=255_u8).map(|byte| (byte_char(byte), byte)).collect();
@@ -221,6 +240,9 @@ fn byte_table(meanings: &BTreeMap<u32, Meaning<'_>>, vocabulary: usize) -> (Vec<
                 }
             }
             Some(Meaning::Literal(text)) => bytes.extend_from_slice(text.as_bytes()),
+            Some(Meaning::Spaced(text)) => bytes.extend_from_slice(text.replace(SPACE, " ").as_bytes()),
+            Some(Meaning::Word(text)) => bytes.extend([b" ", text.as_bytes()].concat()),
+            Some(Meaning::Byte(byte)) => bytes.push(*byte),
             Some(Meaning::Special) | None => {}
         }
         // The file has at most 64 MiB, so the total fits.

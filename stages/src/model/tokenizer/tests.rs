@@ -88,12 +88,12 @@ fn what_is_not_byte_level_bpe_or_not_deterministic_is_named() {
         ("/model/dropout", json!(0.1)),
         ("/model/continuing_subword_prefix", json!("##")),
         ("/model/end_of_word_suffix", json!("</w>")),
-        ("/model/byte_fallback", json!(true)),
+        ("/model/byte_fallback", json!("yes")),
         ("/normalizer", json!({"type": "Precompiled", "precompiled_charsmap": "AAAA"})),
         ("/pre_tokenizer", metaspace),
         ("/pre_tokenizer", nested),
         ("/pre_tokenizer", Value::Null),
-        ("/post_processor", json!({"type": "BertProcessing", "sep": ["a", 1], "cls": ["b", 2]})),
+        ("/post_processor", json!({"type": "RobertaProcessing", "sep": ["a", 1], "cls": ["b", 2]})),
         ("/decoder", json!({"type": "WordPiece", "prefix": "##", "cleanup": true})),
     ] {
         let mut value = minimal();
@@ -180,6 +180,129 @@ fn a_template_puts_special_tokens_around_the_text() {
     let encoded = |single| parse(&template(single)).unwrap().encode("ab").unwrap();
     assert_eq!(encoded(json!([special, text])), [257, 256]);
     assert_eq!(encoded(json!([special, special, text, special])), [257, 257, 256, 257]);
+}
+
+#[test]
+fn the_post_processor_of_bert_puts_one_token_on_either_side() {
+    let mut value = minimal();
+    value["post_processor"] = json!({"type": "BertProcessing", "sep": ["<|end|>", 257], "cls": ["ab", 256]});
+    assert_eq!(parse(&value).unwrap().encode("xy").unwrap(), [256, 120, 121, 257]);
+    value["post_processor"]["sep"] = json!(["<|end|>", SIZE]);
+    assert!(matches!(parse(&value).unwrap_err(), TokenizerError::OutsideVocabulary { .. }));
+    value["post_processor"]["sep"] = json!("<|end|>");
+    assert!(matches!(parse(&value).unwrap_err(), TokenizerError::Unsupported { .. }));
+}
+
+/// As SentencePiece models are converted: 0 is unknown, 3 to 258 are the bytes, then characters and what they make.
+fn fallback() -> Value {
+    let mut vocab = serde_json::Map::new();
+    let bytes = (0..=255).map(|byte: u8| format!("<0x{byte:02X}>"));
+    let tokens = ["<unk>", "<s>", "</s>"].map(str::to_owned).into_iter().chain(bytes);
+    for token in tokens.chain(["▁", "a", "b", "▁a", "▁ab", "é"].map(str::to_owned)) {
+        vocab.insert(token, json!(vocab.len()));
+    }
+    let special = |id: u32, content: &str| {
+        json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false,
+            "normalized": false, "special": true})
+    };
+    let sequence = |list: &str, members: Value| json!({"type": "Sequence", list: members});
+    json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")],
+        "normalizer": sequence("normalizers", json!([{"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}])),
+        "pre_tokenizer": null,
+        "post_processor": {"type": "TemplateProcessing", "pair": [],
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}}},
+        "decoder": sequence("decoders", json!([{"type": "Replace", "pattern": {"String": "▁"}, "content": " "},
+            {"type": "ByteFallback"}, {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}])),
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": vocab, "merges": ["▁ a", "▁a b"]}
+    })
+}
+
+#[test]
+fn a_fallback_vocabulary_loses_no_byte_either() {
+    let tokenizer = parse(&fallback()).unwrap();
+    let id = |byte: u8| u32::from(byte) + 3;
+    assert_eq!(tokenizer.encode("ab b").unwrap(), [1, 263, 259, 261]);
+    // The butterfly has no token, so its four bytes stand for it.
+    let butterfly = [0xf0, 0x9f, 0xa6, 0x8b].map(id);
+    assert_eq!(tokenizer.encode("é🦋").unwrap(), [&[1, 259, 264], &butterfly[..]].concat());
+    for text in ["ab b", "", "naïve 🦋 \0\n  x", "<0x41>", "▁"] {
+        let ids = tokenizer.encode(text).unwrap();
+        let bytes: Vec<u8> = ids.iter().flat_map(|id| tokenizer.token_bytes(*id)).copied().collect();
+        // The space before the first word is the tokenizer's own, and its sign for a space comes back as one.
+        let expected = if text.is_empty() { String::new() } else { format!(" {}", text.replace('▁', " ")) };
+        assert_eq!(String::from_utf8(bytes).unwrap(), expected);
+    }
+    for (pointer, change) in [
+        ("/normalizer/normalizers/0/prepend", json!("x")),
+        ("/normalizer/normalizers/1/content", json!("")),
+        ("/normalizer/normalizers/1/pattern", json!({"Regex": " +"})),
+        ("/pre_tokenizer", json!({"type": "Metaspace", "replacement": "_", "prepend_scheme": "first", "split": false})),
+        ("/pre_tokenizer", json!({"type": "UnicodeScripts"})),
+        ("/decoder", json!({"type": "CTC"})),
+    ] {
+        let mut value = fallback();
+        *value.pointer_mut(pointer).unwrap() = change;
+        assert!(matches!(parse(&value), Err(TokenizerError::Unsupported { .. })), "{pointer}");
+    }
+    let mut value = fallback();
+    value["model"]["vocab"].as_object_mut().unwrap().remove("<0xE9>");
+    assert!(matches!(parse(&value), Err(TokenizerError::ByteMissing { byte: 0xe9, .. })));
+}
+
+/// As BERT has it.
+fn pieces() -> Value {
+    let vocab: serde_json::Map<String, Value> =
+        ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "fly", "butter", "##fly", "##s", "!"]
+            .into_iter()
+            .enumerate()
+            .map(|(id, token)| (token.to_owned(), json!(id)))
+            .collect();
+    json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+        "normalizer": {"type": "BertNormalizer", "clean_text": true, "handle_chinese_chars": true,
+            "strip_accents": null, "lowercase": true},
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {"type": "BertProcessing", "sep": ["[SEP]", 3], "cls": ["[CLS]", 2]},
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": true},
+        "model": {"type": "WordPiece", "unk_token": "[UNK]", "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100, "vocab": vocab}
+    })
+}
+
+#[test]
+fn word_pieces_are_the_longest_and_a_long_text_is_cut_between_its_ends() {
+    let tokenizer = parse(&pieces()).unwrap();
+    assert_eq!(tokenizer.encode("Bütterflys fly  zebra!").unwrap(), [2, 5, 6, 7, 4, 1, 8, 3]);
+    assert_eq!(tokenizer.encode("").unwrap(), [2, 3]);
+    let bytes: Vec<u8> = [5, 6, 4].iter().flat_map(|id| tokenizer.token_bytes(*id)).copied().collect();
+    assert_eq!(bytes, b" butterfly fly");
+    let tokenizer = tokenizer.cutting(Some(5));
+    assert_eq!(tokenizer.encode("fly fly fly").unwrap(), [2, 4, 4, 4, 3]);
+    assert_eq!(tokenizer.encode("fly fly butterfly fly").unwrap(), [2, 4, 4, 5, 3]);
+    assert_eq!(tokenizer.cutting(Some(1)).encode("fly").unwrap(), [2, 3], "what goes around stays");
+}
+
+#[test]
+fn parts_that_do_not_go_with_word_pieces_are_named() {
+    for (pointer, change) in [
+        ("/model/unk_token", json!("absent")),
+        ("/model/unk_token", Value::Null),
+        ("/model/continuing_subword_prefix", json!("")),
+        ("/normalizer", json!({"type": "Prepend", "prepend": "x"})),
+        ("/pre_tokenizer", Value::Null),
+        ("/decoder", json!({"type": "Fuse"})),
+    ] {
+        let mut value = pieces();
+        *value.pointer_mut(pointer).unwrap() = change;
+        let error = parse(&value).unwrap_err().to_string();
+        assert!(error.contains(&format!("'{}'", &pointer[1..].replace('/', "."))), "{pointer}: {error}");
+    }
 }
 
 #[test]

@@ -104,7 +104,7 @@ fn what_does_not_fit_the_configuration_is_named() {
     }
     let integers = r#"{"w":{"dtype":"I8","shape":[2,3],"data_offsets":[0,6]}}"#;
     let error = open(file(integers, &[0; 6])).unwrap().check("w", &[2, 3], None).unwrap_err().to_string();
-    assert_eq!(error, "folder/a: tensor 'w': expected F32, F16 or BF16, found I8");
+    assert_eq!(error, "folder/a: tensor 'w': expected F32, F16, BF16, Q8_0, Q4_0, Q4_K, Q5_K or Q6_K, found I8");
 }
 
 #[test]

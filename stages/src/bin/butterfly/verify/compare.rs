@@ -1,6 +1,7 @@
 //! Compares what a client sent and received with what was certified, field by field: a client's body leaves out defaults, so
 //! it has no digest of its own. A field that was certified and differs is a fault; a field that is not compared is listed.
 
+use base64ct::{Base64, Encoding};
 use butterfly_verify::{Answer, Finish, Input, Mode, Request};
 use serde_json::Value;
 
@@ -15,7 +16,7 @@ pub(super) struct Comparison {
 }
 
 impl Comparison {
-    /// A body of `POST /inference` or `POST /v1/completions` against the resolved request.
+    /// A body of `POST /inference`, `POST /v1/completions` or `POST /v1/embeddings` against the resolved request.
     pub(super) fn request(&mut self, body: &Value, request: &Request) -> Result<(), Fault> {
         let Some(fields) = body.as_object() else { return Ok(()) };
         let params = &request.params;
@@ -77,6 +78,7 @@ impl Comparison {
                 let one = one.ok_or_else(|| Fault::new("response: choices", format!("there is no choice {choice}")))?;
                 self.text(one, answer, request)?;
             }
+            (Answer::Vector { values }, _) if body.get("data").is_some() => self.embedding(body, values, request)?,
             _ => self.text(body, answer, request)?,
         }
         if !self.compared.iter().any(|field| field.starts_with("response.")) {
@@ -89,6 +91,28 @@ impl Comparison {
             self.names(body, request)?;
         }
         Ok(())
+    }
+
+    /// A list of embeddings, one of which the answer is: the one whose receipt is the request's, or the only one.
+    fn embedding(&mut self, body: &Value, certified: &[f32], request: Option<&Request>) -> Result<(), Fault> {
+        let list = |value: Option<&Value>| value.and_then(Value::as_array).cloned().unwrap_or_default();
+        let data = list(body.get("data"));
+        let ids = list(body.get("butterfly").and_then(|butterfly| butterfly.get("receipt_ids")));
+        let rd = request.map(|request| request.digest().to_string());
+        let index = ids.iter().position(|id| rd.is_some() && id.as_str() == rd.as_deref());
+        let wrong = |problem: &str| Fault::new("response: data", problem);
+        let one = match (index, data.as_slice()) {
+            (Some(index), data) => data.get(index),
+            (None, [only]) => Some(only),
+            (None, _) => return Err(wrong("it has several embeddings, and none of them names this request's receipt")),
+        };
+        let received = one.and_then(|one| one.get("embedding")).ok_or_else(|| wrong("it has no such embedding"))?;
+        let same = match received.as_str() {
+            Some(text) => Base64::decode_vec(text)
+                .is_ok_and(|bytes| bytes.iter().copied().eq(certified.iter().flat_map(|value| value.to_le_bytes()))),
+            None => same_floats(received, certified),
+        };
+        self.note("response", "embedding", received, Some((same, format!("a vector of {}", certified.len()))))
     }
 
     /// A choice of a completion, or a result that holds text or a vector itself.
