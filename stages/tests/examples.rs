@@ -23,8 +23,11 @@ fn every_example_topology_passes_the_check() {
     let mut checked = 0;
     for entry in std::fs::read_dir(examples()).unwrap() {
         let path = entry.unwrap().path();
+        if path.extension().is_none_or(|extension| extension != "toml") {
+            continue;
+        }
         let text = std::fs::read_to_string(&path).unwrap();
-        if path.extension().is_none_or(|extension| extension != "toml") || !text.contains("[cluster]\n") {
+        if !text.contains("[cluster]\n") {
             continue;
         }
         if let Err(diagnostics) = butterfly_topology::parse(&text, &path.display().to_string(), &catalogue()) {
@@ -46,4 +49,24 @@ fn the_custom_stage_runs_from_its_topology_file() {
     let (allowed, refused) = text.split_once("\"The unsafe keyword\"").expect("both prompts");
     assert!(allowed.contains("HTTP/1.1 200") && allowed.contains("receipt_id"), "{allowed}");
     assert!(refused.contains("HTTP/1.1 400") && refused.contains("must not contain"), "{refused}");
+}
+
+/// The command in the systemd unit is one that the program understands: only the topology is missing here.
+#[test]
+fn the_systemd_unit_starts_the_program_as_it_wants_to_be_started() {
+    let unit = std::fs::read_to_string(examples().join("butterfly.service")).unwrap();
+    let value = |key: &str| unit.lines().find_map(|line| line.strip_prefix(key)).unwrap_or_else(|| panic!("{key}"));
+    let mut command = value("ExecStart=").split_whitespace();
+    assert_eq!(Path::new(command.next().unwrap()).file_name().unwrap(), "butterfly");
+    let (name, node) = value("Environment=").split_once('=').unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    let arguments: Vec<String> =
+        command.map(|word| word.replace("/etc/butterfly", &folder.path().display().to_string())).collect();
+    let output = Command::new(env!("CARGO_BIN_EXE_butterfly")).args(arguments).env(name, node).output().unwrap();
+    let message = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(4), "{message}");
+    assert!(message.contains("topology.toml"), "{message}");
+    for status in value("RestartPreventExitStatus=").split_whitespace() {
+        assert!(["2", "3", "4"].contains(&status), "{status}");
+    }
 }

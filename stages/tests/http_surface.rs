@@ -3,7 +3,7 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
 
 use butterfly::loopback::{Cluster, Loopback};
@@ -353,4 +353,37 @@ async fn the_document_is_what_the_gateway_does() {
         }
     }
     gateway.stop().await;
+}
+
+/// Every metric that the dashboard asks for is there from the start, on a node with peers.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_dashboard_shows_what_is_measured() {
+    let folder = tempfile::tempdir().unwrap();
+    let cluster = Loopback::default().start(folder.path()).await.unwrap();
+    cluster.meshed().await;
+    let metrics = At(cluster.http_address().unwrap()).ask("GET", "/metrics", &[], "").await;
+    let metrics = String::from_utf8(metrics.body).unwrap();
+    let exported: BTreeSet<&str> = metrics
+        .lines()
+        .filter(|line| !line.starts_with('#'))
+        .filter_map(|line| line.split(['{', ' ']).next())
+        .collect();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../examples/grafana/butterfly.json");
+    let dashboard: Value = serde_json::from_str(&std::fs::read_to_string(path).unwrap()).unwrap();
+    let panels = dashboard["panels"].as_array().unwrap().iter();
+    let expressions: Vec<&str> = panels
+        .filter_map(|panel| panel["targets"].as_array())
+        .flatten()
+        .map(|target| target["expr"].as_str().unwrap())
+        .collect();
+    assert!(expressions.len() > 20, "{}", expressions.len());
+    for expression in expressions {
+        let words = expression.split(|char: char| !char.is_ascii_alphanumeric() && char != '_');
+        let asked: Vec<&str> = words.filter(|word| word.starts_with("butterfly_")).collect();
+        assert!(!asked.is_empty(), "{expression}");
+        for name in asked {
+            assert!(exported.contains(name), "{name} is not exported");
+        }
+    }
+    cluster.shutdown().await.unwrap();
 }

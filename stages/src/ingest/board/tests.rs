@@ -3,7 +3,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use futures::FutureExt;
 
 use super::super::fixture::{completed, fixture, request};
-use super::super::reply::Reply;
+use super::super::reply::{Reply, reply};
 use super::*;
 
 /// A permit that counts how often it was given back.
@@ -168,4 +168,34 @@ fn tokens_count_for_latency_once_each() {
     let between = metrics.inter_token_latency_seconds.of(&label).quantiles();
     assert_eq!(between.count, 3);
     assert!((between.max - 0.020).abs() < 0.001, "{between:?}");
+}
+
+#[test]
+fn a_task_whose_client_may_come_back_is_deserted_only_after_a_while() {
+    let fixture = fixture();
+    let (one, other) = (request(1, "lab"), request(2, "lab"));
+    let rd = one.digest();
+    let patience = Duration::from_secs(60);
+    let first = fixture.open("task", &one).unwrap();
+    let (sink, second) = reply(8);
+    assert!(fixture.board.join(&rd, sink).unwrap());
+    drop(first);
+    fixture.board.part(&rd);
+    fixture.clock.advance(patience);
+    assert!(fixture.board.deserted(patience).is_empty(), "somebody still waits");
+    drop(second);
+    fixture.board.part(&rd);
+    fixture.clock.advance(patience - Duration::from_millis(1));
+    assert!(fixture.board.deserted(patience).is_empty());
+    let (sink, mut third) = reply(8);
+    assert!(fixture.board.join(&rd, sink).unwrap());
+    fixture.clock.advance(patience);
+    assert!(fixture.board.deserted(patience).is_empty(), "it came back");
+    fixture.board.settle(&rd, completed(&one));
+    assert!(third.end().now_or_never().unwrap().is_ok());
+    assert!(!fixture.board.join(&rd, reply(8).0).unwrap(), "it has ended");
+    drop(fixture.open("other", &other).unwrap());
+    fixture.board.part(&other.digest());
+    fixture.clock.advance(patience);
+    assert_eq!(fixture.board.deserted(patience), [other.digest()]);
 }
