@@ -24,7 +24,6 @@ fn manifest(context_length: usize) -> Manifest {
         chat_template: None,
         root: [0; 32],
         layer_costs: vec![],
-        chat_template: None,
     }
 }
 
