@@ -11,14 +11,17 @@ mod draw;
 mod environment;
 mod honesty;
 mod html;
+mod kernels;
 mod load;
 mod observe;
+mod peer;
 mod plot;
 mod record;
 mod report;
 mod run;
 mod soak;
 mod sweep;
+mod synth;
 mod target;
 mod workload;
 
@@ -47,6 +50,9 @@ use crate::sweep::Search;
   butterfly bench sweep --workload mlp --rate 200           how much it takes
   butterfly bench stage --workload mlp --rate 500           where the time of each stage and edge goes
   butterfly bench compare before after --fail-on 'ttft.p99>+5%'
+  butterfly bench synth model.gguf --encoding Q8_0          a model of random numbers
+  butterfly bench kernels --model model.gguf                how fast it computes here
+  butterfly bench peer --model model.gguf                   the same beside llama.cpp
 "
 )]
 struct Cli {
@@ -73,6 +79,12 @@ enum Command {
     Host(LoadArgs),
     /// Two reports side by side; exit status 99 if a threshold is crossed.
     Compare(CompareArgs),
+    /// Prefill, decode and batched decode of a model, and the share of the machine's read bandwidth that decode reaches.
+    Kernels(kernels::KernelsArgs),
+    /// This program and llama.cpp in turn on one GGUF file: ratios, or both perplexities.
+    Peer(peer::PeerArgs),
+    /// Writes a model of random numbers, or a folder's model as GGUF.
+    Synth(synth::SynthArgs),
 }
 
 #[derive(Args)]
@@ -138,6 +150,9 @@ fn run(cli: &Cli) -> anyhow::Result<Ended> {
             }
             Command::Host(args) => host(args).await,
             Command::Compare(args) => compare(args, cli.json),
+            Command::Kernels(args) => well(print(cli.json, &kernels::run(args)?)),
+            Command::Peer(args) => well(print(cli.json, &peer::run(args)?)),
+            Command::Synth(args) => well(synth::run(args)),
         }
     })
 }
@@ -194,6 +209,10 @@ fn compare(args: &CompareArgs, json: bool) -> anyhow::Result<Ended> {
     let comparison = compare::compare(&before, &after, &args.fail_on)?;
     print(json, &comparison)?;
     Ok(if comparison.breaches.is_empty() { Ended::Well } else { Ended::Breached })
+}
+
+fn well(done: anyhow::Result<()>) -> anyhow::Result<Ended> {
+    done.map(|()| Ended::Well)
 }
 
 fn print<T: Serialize + Display>(json: bool, found: &T) -> anyhow::Result<()> {
