@@ -192,7 +192,9 @@ const REQUEST_BYTES: usize = 512;
 
 fn request_bytes(request: &butterfly_verify::Request) -> usize {
     let input = match &request.input {
-        Input::Text { prompt, tokens } => prompt.len() + size_of_val(tokens.as_slice()),
+        Input::Text { prompt: text, tokens } | Input::Chat { messages: text, tokens } => {
+            text.len() + size_of_val(tokens.as_slice())
+        }
         Input::Tokens { tokens } => size_of_val(tokens.as_slice()),
         Input::Vector { values } => size_of_val(values.as_slice()),
     };

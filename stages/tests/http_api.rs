@@ -147,7 +147,7 @@ async fn every_refusal_has_its_status_its_code_and_the_same_form() {
         ("POST", "/v1/completions", "{".into(), 400, "invalid_json"),
         ("POST", "/v1/completions", "[1]".into(), 400, "invalid_json"),
         ("POST", "/v1/completions", "{}".into(), 400, "invalid_value"),
-        ("POST", "/v1/completions", r#"{"prompt": "x", "n": 2}"#.into(), 400, "unsupported_parameter"),
+        ("POST", "/v1/completions", r#"{"prompt": "x", "n": 2, "best_of": 3}"#.into(), 400, "unsupported_parameter"),
         ("POST", "/v1/completions", r#"{"prompt": "x", "logprobs": 21}"#.into(), 400, "invalid_value"),
         ("POST", "/v1/completions", r#"{"prompt": "x", "max_tokens": 5000}"#.into(), 400, "context_length_exceeded"),
         ("POST", "/v1/completions", r#"{"prompt": "x", "model": "gpt"}"#.into(), 404, "model_not_found"),
@@ -161,7 +161,7 @@ async fn every_refusal_has_its_status_its_code_and_the_same_form() {
         ("GET", &no_receipt, String::new(), 404, "receipt_not_found"),
         ("GET", "/v1/receipts/x", String::new(), 404, "receipt_not_found"),
         ("GET", "/v1/models/other", String::new(), 404, "model_not_found"),
-        ("GET", "/v1/chat/completions", String::new(), 404, "not_found"),
+        ("GET", "/v1/chat", String::new(), 404, "not_found"),
         ("GET", "/v1/completions", String::new(), 405, "method_not_allowed"),
         ("PUT", "/inference", String::new(), 405, "method_not_allowed"),
     ];

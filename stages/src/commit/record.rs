@@ -16,11 +16,14 @@ pub enum TaskKind {
     Completion,
     /// `POST /v1/embeddings`.
     Embedding,
+    /// `POST /v1/chat/completions`.
+    Chat,
 }
 
 impl TaskKind {
     /// All of them, as labels.
-    pub const LABELS: [&'static str; 3] = [Self::Inference.label(), Self::Completion.label(), Self::Embedding.label()];
+    pub const LABELS: [&'static str; 4] =
+        [Self::Inference.label(), Self::Completion.label(), Self::Embedding.label(), Self::Chat.label()];
 
     /// The label.
     #[must_use]
@@ -29,6 +32,17 @@ impl TaskKind {
             Self::Inference => "inference",
             Self::Completion => "completion",
             Self::Embedding => "embedding",
+            Self::Chat => "chat",
+        }
+    }
+
+    /// What precedes the request's digest in the id of a task whose client chose none.
+    #[must_use]
+    pub const fn id_prefix(self) -> &'static str {
+        match self {
+            Self::Inference | Self::Embedding => "",
+            Self::Completion => "cmpl-",
+            Self::Chat => "chatcmpl-",
         }
     }
 }
@@ -130,6 +144,7 @@ pub(super) fn write_accepted(accepted: &Accepted) -> Vec<u8> {
         TaskKind::Inference => 0,
         TaskKind::Completion => 1,
         TaskKind::Embedding => 2,
+        TaskKind::Chat => 3,
     });
     bytes.extend_from_slice(&accepted.accepted_ms.to_le_bytes());
     for text in [&accepted.client, &accepted.task_id] {
@@ -149,6 +164,7 @@ pub(super) fn read_accepted(bytes: &[u8]) -> Result<Accepted, Malformed> {
         [0] => TaskKind::Inference,
         [1] => TaskKind::Completion,
         [2] => TaskKind::Embedding,
+        [3] => TaskKind::Chat,
         _ => return Err(Malformed("kind")),
     };
     let accepted_ms = u64::from_le_bytes(array(&mut rest, "time")?);

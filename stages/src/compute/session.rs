@@ -14,7 +14,7 @@ use butterfly_verify::{Answer, BoundaryRoot, Digest, Input, Request};
 
 use crate::compute::gate::{Gate, Offer};
 use crate::items::{Boundary, BoundaryValues, Finished, Outcome, RequestId};
-use crate::model::{Architecture, Generation, Model, Sequence, SliceModel, StepInput, StepOutput};
+use crate::model::{Architecture, Generation, Messages, Model, Sequence, SliceModel, StepInput, StepOutput};
 
 #[cfg(feature = "adversary")]
 use crate::adversary::Behaviour;
@@ -164,7 +164,9 @@ impl Session {
     ) -> Result<Self, OpenError> {
         admit(body, model)?;
         let (prompt, vector) = match &body.input {
-            Input::Text { tokens, .. } | Input::Tokens { tokens } => (tokens.clone(), None),
+            Input::Text { tokens, .. } | Input::Chat { tokens, .. } | Input::Tokens { tokens } => {
+                (tokens.clone(), None)
+            }
             Input::Vector { values } => (Vec::new(), Some(values.clone())),
         };
         let positions_max = positions_max(body, model.manifest().context_length);
@@ -500,7 +502,10 @@ fn admit(body: &Request, model: &Model) -> Result<(), OpenError> {
         (Input::Vector { values }, Architecture::Mlp) => {
             unfit(format!("its vector has {} values, the model takes {}", values.len(), manifest.input_width))
         }
-        (Input::Text { tokens, .. } | Input::Tokens { tokens }, Architecture::Llama | Architecture::Bert) => {
+        (
+            Input::Text { tokens, .. } | Input::Chat { tokens, .. } | Input::Tokens { tokens },
+            Architecture::Llama | Architecture::Bert,
+        ) => {
             let generates = manifest.architecture == Architecture::Llama;
             if generates != (body.params.max_tokens > 0) {
                 return unfit(format!("it wants {} tokens generated", body.params.max_tokens));
@@ -515,6 +520,12 @@ fn admit(body: &Request, model: &Model) -> Result<(), OpenError> {
             match (&body.input, model.tokenizer()) {
                 (Input::Text { prompt, tokens }, Some(tokenizer)) => {
                     let again = tokenizer.encode(prompt).map_err(|error| OpenError::Unfit(error.to_string()))?;
+                    if again == *tokens { Ok(()) } else { Err(OpenError::Tokens) }
+                }
+                (Input::Chat { messages, tokens }, _) => {
+                    let again =
+                        Messages::from_json(messages).and_then(|messages| model.chat_tokens(&messages, body.now_ms));
+                    let again = again.map_err(|error| OpenError::Unfit(error.to_string()))?;
                     if again == *tokens { Ok(()) } else { Err(OpenError::Tokens) }
                 }
                 (Input::Text { .. }, None) => unfit("the model takes no text".into()),

@@ -9,11 +9,11 @@ use butterfly_verify::{Epoch, Input, Mode, Params, Request, RequestError, Reques
 use sha2::{Digest as _, Sha256};
 
 use super::errors::Failure;
-use super::fields::{self, Fields, List, Options, Prompt, Setting};
-use crate::model::{Architecture, Manifest};
+use super::fields::{self, Fields, List, Options, Prompt, Prompts, Setting, unsupported};
+use crate::model::{Architecture, Manifest, Messages};
 
-/// Tokens generated at most when the client does not say.
-const MAX_TOKENS_DEFAULT: u32 = 16;
+/// Tokens that a completion has at most when the client does not say.
+pub(super) const COMPLETION_TOKENS: u32 = 16;
 /// Temperatures between 0 and this make every logit infinite.
 const TEMPERATURE_MIN: f32 = 1e-3;
 /// Longest task id a client may choose, in bytes.
@@ -24,6 +24,8 @@ const TASK_ID_BYTES_MAX: usize = 128;
 pub(super) enum AskInput {
     /// Text, to be tokenised.
     Text(String),
+    /// Messages, to be rendered and tokenised.
+    Chat(Messages),
     /// Token ids.
     Tokens(Vec<u32>),
     /// A vector.
@@ -39,6 +41,8 @@ pub(super) struct Ask {
     pub input: AskInput,
     /// Tokens at most, if the client says so.
     pub max_tokens: Option<u32>,
+    /// Tokens at most if it does not, as far as there is room.
+    pub tokens_default: u32,
     /// Everything else of [`Params`]; its `max_tokens` and `seed` are not resolved.
     pub params: Params,
     /// The client's seed.
@@ -58,6 +62,8 @@ pub(super) struct Rules {
     pub mode: Mode,
     /// Temperature where none is given.
     pub temperature: f32,
+    /// Tokens at most where the client does not say, as far as there is room.
+    pub tokens_default: u32,
 }
 
 /// The name and value of the field that says how to verify.
@@ -78,6 +84,11 @@ impl Ask {
         rules: Rules,
     ) -> Result<Self, Failure> {
         fields.refuse_unsupported()?;
+        let format = take(&mut fields.response_format).value("response_format")?;
+        let kind = format.and_then(|mut format| format.0.remove("type"));
+        if fields::text("response_format.type", kind)?.is_some_and(|kind| kind != "text") {
+            return Err(unsupported("response_format"));
+        }
         let temperature = fields.number("temperature", 0.0..=2.0)?.unwrap_or(rules.temperature);
         if temperature > 0.0 && temperature < TEMPERATURE_MIN {
             let message = format!("temperature must be 0 (always the likeliest token) or at least {TEMPERATURE_MIN}");
@@ -98,13 +109,16 @@ impl Ask {
             choice: 0,
             logprobs: None,
         };
-        let max_tokens = fields.integer("max_tokens", 1..=i64::from(u32::MAX))?;
+        let counts = 1..=i64::from(u32::MAX);
+        let max_tokens =
+            fields.integer("max_completion_tokens", counts.clone())?.or(fields.integer("max_tokens", counts)?);
         let own = take(&mut fields.butterfly).value("butterfly")?;
         let Own { verify, deadline_ms, nonce } = own_options(own, fields.text("verify")?)?;
         Ok(Self {
             field,
             input,
             max_tokens: max_tokens.and_then(|tokens| u32::try_from(tokens).ok()),
+            tokens_default: rules.tokens_default,
             params,
             seed: fields.integer("seed", i64::MIN..=i64::MAX)?,
             mode: mode(&verify, rules.mode)?,
@@ -127,7 +141,7 @@ impl Ask {
         Self { input, ..self.clone() }
     }
 
-    /// The request of `client` at `now_ms`. `tokens` are those of the text, where there is one.
+    /// The request of `client` at `now_ms`. `tokens` are those of the text or the messages, where there are such.
     ///
     /// # Errors
     /// When the model or the epoch does not take it.
@@ -143,6 +157,9 @@ impl Ask {
         let field = self.field;
         let input = match self.input {
             AskInput::Text(prompt) => Input::Text { prompt, tokens: tokens.unwrap_or_default() },
+            AskInput::Chat(messages) => {
+                Input::Chat { messages: messages.to_json(), tokens: tokens.unwrap_or_default() }
+            }
             AskInput::Tokens(tokens) => Input::Tokens { tokens },
             AskInput::Vector(values) => Input::Vector { values },
         };
@@ -157,8 +174,8 @@ impl Ask {
                 params = Params { max_tokens: 0, seed: params.seed, ..Params::default() };
                 check_text(field, tokens, manifest)?;
             }
-            Input::Text { tokens, .. } | Input::Tokens { tokens } => {
-                params.max_tokens = check_tokens(field, tokens, self.max_tokens, manifest)?;
+            Input::Text { tokens, .. } | Input::Chat { tokens, .. } | Input::Tokens { tokens } => {
+                params.max_tokens = check_tokens(field, tokens, self.max_tokens, self.tokens_default, manifest)?;
                 let beyond = params.logit_bias.iter().find(|(token, _)| !below(*token, manifest.vocabulary));
                 if let Some((token, _)) = beyond {
                     let message =
@@ -183,16 +200,24 @@ impl Ask {
     }
 }
 
-/// The prompt of a body: text or tokens, under the name of its field.
+impl From<Prompt> for AskInput {
+    fn from(prompt: Prompt) -> Self {
+        match prompt {
+            Prompt::Text(text) => Self::Text(text),
+            Prompt::Tokens(tokens) => Self::Tokens(tokens),
+        }
+    }
+}
+
+/// The one prompt of a body, under the name of its field.
 ///
 /// # Errors
-/// When it is not one prompt.
-pub(super) fn prompt(field: &'static str, prompt: Prompt) -> Result<AskInput, Failure> {
-    match prompt {
-        Prompt::Text(text) => Ok(AskInput::Text(text)),
-        Prompt::Tokens(tokens) => Ok(AskInput::Tokens(tokens)),
-        Prompt::Several => {
-            let message = "a list of several prompts is not supported; send one request for each";
+/// When there are several.
+pub(super) fn prompt(field: &'static str, Prompts(mut prompts): Prompts) -> Result<AskInput, Failure> {
+    match (prompts.pop(), prompts.is_empty()) {
+        (Some(prompt), true) => Ok(prompt.into()),
+        _ => {
+            let message = "a list of several prompts is not supported here; send one request for each";
             Err(Failure::unsupported_parameter(field, message))
         }
     }
@@ -360,11 +385,17 @@ fn check_ids(field: &str, tokens: &[u32], manifest: &Manifest) -> Result<(), Fai
 }
 
 /// Checks a prompt against the model; gives the tokens to generate at most.
-fn check_tokens(field: &str, tokens: &[u32], max_tokens: Option<u32>, manifest: &Manifest) -> Result<u32, Failure> {
+fn check_tokens(
+    field: &str,
+    tokens: &[u32],
+    max_tokens: Option<u32>,
+    tokens_default: u32,
+    manifest: &Manifest,
+) -> Result<u32, Failure> {
     check_ids(field, tokens, manifest)?;
     let room = manifest.context_length.saturating_sub(tokens.len());
     let room = u32::try_from(room).unwrap_or(u32::MAX);
-    let wanted = max_tokens.unwrap_or_else(|| MAX_TOKENS_DEFAULT.min(room.max(1)));
+    let wanted = max_tokens.unwrap_or_else(|| tokens_default.min(room.max(1)));
     if wanted > room {
         let message = format!(
             "the model takes {} tokens in all, but the prompt has {} and the answer may have {wanted}",

@@ -10,6 +10,7 @@
 
 mod inputs;
 mod lists;
+mod messages;
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -18,12 +19,13 @@ use std::ops::RangeInclusive;
 use serde::de::{Deserialize, Deserializer, Error, IgnoredAny, MapAccess, SeqAccess, Visitor};
 
 pub(super) use inputs::Inputs;
-pub(super) use lists::{Bias, List, Options, Prompt, Stops};
+pub(super) use lists::{Bias, List, Options, Prompt, Prompts, Stops};
+pub(super) use messages::{Content, Said, SaidOnce};
 
 use super::errors::Failure;
 
 /// Fields with one value that some route knows.
-const SETTINGS: [&str; 20] = [
+const SETTINGS: [&str; 25] = [
     "model",
     "text",
     "task_id",
@@ -44,12 +46,20 @@ const SETTINGS: [&str; 20] = [
     "logprobs",
     "encoding_format",
     "dimensions",
+    "top_logprobs",
+    "max_completion_tokens",
+    "echo",
+    "add_special_tokens",
+    "return_token_strs",
 ];
+
+/// Answers to one prompt at most.
+pub(super) const CHOICES_MAX: u32 = 128;
 
 /// Fields that clients of such interfaces know and that are not supported, with the values that change nothing. Anything
 /// else in them fails, because leaving them out silently would be an answer to another question.
-const UNSUPPORTED: [(&str, &[Setting]); 30] = [
-    ("echo", &[Setting::Flag(false)]),
+const UNSUPPORTED: [(&str, &[Setting]); 40] = [
+    ("store", &[Setting::Flag(false)]),
     ("prompt_logprobs", &[]),
     ("suffix", &[]),
     ("priority", &[Setting::Integer(0)]),
@@ -65,7 +75,6 @@ const UNSUPPORTED: [(&str, &[Setting]); 30] = [
     ("bad_words", &[Setting::EmptyList]),
     ("allowed_token_ids", &[]),
     ("truncate_prompt_tokens", &[]),
-    ("response_format", &[]),
     ("grammar", &[]),
     ("guided_json", &[]),
     ("guided_regex", &[]),
@@ -77,9 +86,23 @@ const UNSUPPORTED: [(&str, &[Setting]); 30] = [
     ("prompt_embeds", &[]),
     ("skip_special_tokens", &[Setting::Flag(true)]),
     ("spaces_between_special_tokens", &[Setting::Flag(true)]),
-    ("add_special_tokens", &[Setting::Flag(true)]),
     ("tools", &[Setting::EmptyList]),
+    ("tool_choice", &[]),
+    ("functions", &[Setting::EmptyList]),
+    ("function_call", &[]),
+    ("audio", &[]),
+    ("prediction", &[]),
+    ("reasoning_effort", &[]),
+    ("verbosity", &[]),
+    ("web_search_options", &[]),
+    ("chat_template", &[]),
+    ("documents", &[Setting::EmptyList]),
+    ("continue_final_message", &[Setting::Flag(false)]),
+    ("add_generation_prompt", &[Setting::Flag(true)]),
 ];
+
+/// Of these, `none` is the default.
+const NONE_CHANGES_NOTHING: [&str; 3] = ["tool_choice", "function_call", "reasoning_effort"];
 
 /// The value of a field that has one.
 #[derive(Debug, Clone, PartialEq)]
@@ -105,7 +128,13 @@ pub(super) enum Setting {
 pub(super) struct Fields {
     settings: BTreeMap<&'static str, Setting>,
     /// `prompt`.
-    pub prompt: List<Prompt>,
+    pub prompt: List<Prompts>,
+    /// `messages`.
+    pub messages: List<Said>,
+    /// `tokens`.
+    pub tokens: List<Prompts>,
+    /// `response_format`.
+    pub response_format: List<Options>,
     /// `input`.
     pub input: List<Inputs>,
     /// `stop`.
@@ -133,16 +162,31 @@ impl Fields {
     /// Names the first such field.
     pub(super) fn refuse_unsupported(&self) -> Result<(), Failure> {
         for (name, harmless) in UNSUPPORTED {
-            if self.settings.get(name).is_some_and(|value| *value != Setting::Null && !harmless.contains(value)) {
+            let is_none = |value: &Setting| matches!(value, Setting::Text(text) if text == "none");
+            let changes_nothing = |value: &Setting| {
+                *value == Setting::Null
+                    || harmless.contains(value)
+                    || (NONE_CHANGES_NOTHING.contains(&name) && is_none(value))
+            };
+            if self.settings.get(name).is_some_and(|value| !changes_nothing(value)) {
                 return Err(unsupported(name));
             }
         }
-        for name in ["n", "best_of"] {
-            if self.integer(name, 1..=i64::MAX)?.is_some_and(|value| value != 1) {
-                return Err(unsupported(name));
-            }
+        // To take the best of several is only supported where it means all of them.
+        let choices = self.choices()?;
+        let best_of = self.integer("best_of", 1..=i64::MAX)?;
+        if best_of.is_some_and(|best_of| best_of != i64::from(choices)) {
+            return Err(unsupported("best_of"));
         }
         Ok(())
+    }
+
+    /// How many answers are wanted to each prompt.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub(super) fn choices(&self) -> Result<u32, Failure> {
+        Ok(self.integer("n", 1..=CHOICES_MAX.into())?.and_then(|n| u32::try_from(n).ok()).unwrap_or(1))
     }
 
     /// Refuses a field that another route has.
@@ -257,7 +301,7 @@ fn wrong(name: &str, wanted: &str, found: &Setting) -> Failure {
     Failure::invalid_value(name, format!("{name} must be {wanted}, not {found}"))
 }
 
-fn unsupported(name: &str) -> Failure {
+pub(super) fn unsupported(name: &str) -> Failure {
     let message = format!("{name} is not supported here; leave it out, or leave it at its default");
     Failure::unsupported_parameter(name, message)
 }
@@ -333,6 +377,9 @@ impl<'de> Deserialize<'de> for Fields {
                 while let Some(name) = map.next_key::<String>()? {
                     let is_first = match name.as_str() {
                         "prompt" => fields.prompt.take(map.next_value()?),
+                        "messages" => fields.messages.take(map.next_value()?),
+                        "tokens" => fields.tokens.take(map.next_value()?),
+                        "response_format" => fields.response_format.take(map.next_value()?),
                         "input" => fields.input.take(map.next_value()?),
                         "stop" => fields.stop.take(map.next_value()?),
                         "logit_bias" => fields.logit_bias.take(map.next_value()?),

@@ -15,13 +15,15 @@ use std::time::Duration;
 use butterfly_engine::channel::{Item, Permit, ReserveError, Sender};
 use butterfly_engine::shutdown::Shutdown;
 use butterfly_engine::stage::Readiness;
-use butterfly_verify::{Digest, Mode, Request};
+use butterfly_verify::{Digest, Mode, Request, RequestParts};
+use futures::future::{join_all, try_join_all};
 use tokio::sync::Semaphore;
 
 use super::ask::{Ask, AskInput, cluster_mode};
 use super::board::{Board, Completed, NewTask, TaskResult};
 use super::cache::ResultCache;
 use super::errors::Failure;
+use super::fields::CHOICES_MAX;
 use super::gate::Caller;
 use super::origin;
 use super::reply::{Reply, ReplyReceiver, reply};
@@ -29,7 +31,7 @@ use super::retry::{KEPT, Turns};
 use crate::commit::{Accepted, Journal, JournalError, Outcome, Record, RetryKey, TaskKind};
 use crate::error::{SchedulingError, TaskError};
 use crate::items::{self, RequestId};
-use crate::model::Sampled;
+use crate::model::{ChatError, Messages, Sampled, Tokenizer};
 use crate::services::Services;
 
 /// Text up to this many bytes is tokenised where the request is handled; longer text on a thread of its own.
@@ -122,13 +124,13 @@ impl Awaited {
         }
     }
 
-    /// Every token that came, and the end. Safe to cancel.
-    pub(super) async fn all(mut self) -> (Vec<Sampled>, TaskResult) {
+    /// Every token that came, and the answer. Safe to cancel.
+    pub(super) async fn whole(mut self) -> Result<(Vec<Sampled>, Arc<Completed>), TaskError> {
         let mut sampled = Vec::new();
         loop {
             match self.next().await {
                 Reply::Tokens(tokens) => sampled.extend(tokens),
-                Reply::End(result) => return (sampled, result),
+                Reply::End(result) => return result.map(|completed| (sampled, completed)),
             }
         }
     }
@@ -161,6 +163,46 @@ impl Drop for Waiting {
             None => {}
         }
     }
+}
+
+/// A request that is to be admitted.
+struct Wanted {
+    request: Request,
+    task_id: Option<String>,
+    /// The key under which its client may ask again.
+    key: Option<RetryKey>,
+    /// The name under which its answer is kept.
+    cache_key: Option<Digest>,
+}
+
+impl Wanted {
+    fn new(request: Request, task_id: Option<String>) -> Self {
+        Self { request, task_id, key: None, cache_key: None }
+    }
+}
+
+/// A task for which there is room.
+enum Reserved {
+    /// It has an answer already.
+    Kept(Arc<Completed>),
+    Fresh(Permit<items::Request>, items::Request, Wanted),
+}
+
+/// A task that is on the board and not handed on yet.
+enum Opened {
+    /// It has an answer already.
+    Kept(Arc<Completed>),
+    Fresh(Box<Fresh>),
+}
+
+struct Fresh {
+    permit: Permit<items::Request>,
+    item: items::Request,
+    task_id: String,
+    key: Option<RetryKey>,
+    cache_key: Option<Digest>,
+    receiver: Option<ReplyReceiver>,
+    guard: Waiting,
 }
 
 impl Gateway {
@@ -218,70 +260,180 @@ impl Gateway {
     /// When the request cannot be served, when there is no room, when a living task has its id, and when the journal
     /// cannot be written. Under a key also the failure that it led to before, and that it was used for another request.
     pub(super) async fn submit(&self, submission: Submission) -> Result<Admitted, Failure> {
+        let mut admitted = self.submit_choices(submission, Vec::new(), 1).await?;
+        admitted.pop().ok_or_else(|| TaskError::Internal("a task was admitted and is not there".to_owned()).into())
+    }
+
+    /// Admits so many choices for each of what is asked, further `asks` included, all of them or none: in the order of the
+    /// asks, and for each of them by choice. Safe to cancel, as above.
+    ///
+    /// # Errors
+    /// As above; when there are too many.
+    pub(super) async fn submit_choices(
+        &self,
+        submission: Submission,
+        others: Vec<Ask>,
+        choices: u32,
+    ) -> Result<Vec<Admitted>, Failure> {
         self.check_open()?;
-        let Some(retry) = submission.client.retry.clone() else { return self.admit(submission, None).await };
-        if submission.ask.params.logprobs.is_some() {
+        let Submission { client, kind, task_id, ask, wait } = submission;
+        let asks: Vec<Ask> = [ask].into_iter().chain(others).collect();
+        let count = asks.len().saturating_mul(choices as usize);
+        let count_max = self.output.bounds().items.min(CHOICES_MAX as usize);
+        if count > count_max {
+            let message =
+                format!("{} prompts with {choices} choices each are more than {count_max} answers", asks.len());
+            return Err(Failure::invalid_value("n", message));
+        }
+        let Some(retry) = client.retry else {
+            let may_repeat = wait && task_id.is_none() && asks.iter().all(Ask::has_one_answer);
+            let requests = self.resolve_choices(asks, &client.name, choices).await?;
+            let wanted = requests.into_iter().map(|request| Wanted {
+                cache_key: if may_repeat { self.cache.key(&request) } else { None },
+                ..Wanted::new(request, task_id.clone())
+            });
+            return self.admit(kind, wanted.collect(), wait).await;
+        };
+        if asks.iter().any(|ask| ask.params.logprobs.is_some()) {
             let message = "log-probabilities are not in the log, so a retry could not have them: leave out either \
                            logprobs or the Idempotency-Key";
             return Err(Failure::unsupported_parameter("logprobs", message));
         }
-        let key = retry.next();
-        let _turn = self.turns.of(&key).await;
-        if let Some(admitted) = self.earlier(&key, submission.wait).await.inspect_err(|_| retry.set_replayed())? {
-            retry.set_replayed();
-            return Ok(admitted);
+        let keys: Vec<RetryKey> = (0..count).map(|_| retry.next()).collect();
+        let _turn = match keys.first() {
+            Some(first) => self.turns.of(first).await,
+            None => None,
+        };
+        let mut earlier = Vec::with_capacity(count);
+        for key in &keys {
+            earlier.push(self.earlier(key, wait).await.inspect_err(|_| retry.set_replayed())?);
         }
-        self.admit(submission, Some(key)).await
+        if earlier.iter().any(Option::is_some) {
+            retry.set_replayed();
+        }
+        if earlier.iter().all(Option::is_some) {
+            return Ok(earlier.into_iter().flatten().collect());
+        }
+        // After a crash only some may be there.
+        let requests = self.resolve_choices(asks, &client.name, choices).await?;
+        let missing = requests.into_iter().zip(keys).zip(&earlier).filter(|(_, found)| found.is_none());
+        let missing =
+            missing.map(|((request, key), _)| Wanted { key: Some(key), ..Wanted::new(request, task_id.clone()) });
+        let mut fresh = self.admit(kind, missing.collect(), wait).await?.into_iter();
+        Ok(earlier.into_iter().filter_map(|found| found.or_else(|| fresh.next())).collect())
     }
 
-    async fn admit(&self, submission: Submission, key: Option<RetryKey>) -> Result<Admitted, Failure> {
-        let Submission { client: Caller { name: client, .. }, kind, task_id, ask, wait } = submission;
-        let may_repeat = wait && task_id.is_none() && key.is_none() && ask.has_one_answer();
-        let request = self.resolve(ask, &client).await?;
-        let cache_key = if may_repeat { self.cache.key(&request) } else { None };
-        if let Some(completed) = cache_key.and_then(|key| self.cache.get(&key)) {
-            let (task_id, request) = (completed.task_id.clone(), completed.request.clone());
-            return Ok(Admitted { task_id, request, reply: Some(Awaited::ended(completed)) });
+    /// The requests for so many choices of each of what is asked.
+    async fn resolve_choices(&self, asks: Vec<Ask>, client: &str, choices: u32) -> Result<Vec<Request>, Failure> {
+        let bytes_max = self.output.bounds().bytes;
+        let mut requests = Vec::new();
+        let mut bytes = 0_usize;
+        for ask in asks {
+            let field = ask.field;
+            let first = self.resolve(ask, client).await?;
+            let item = items::Request { rd: first.digest(), body: first };
+            bytes = bytes.saturating_add(item.size_bytes().saturating_mul(choices as usize));
+            if bytes > bytes_max {
+                return Err(Failure::request_too_large(bytes_max));
+            }
+            requests.push(item.body.clone());
+            for choice in 1..choices {
+                let mut parts = RequestParts::clone(item.body.parts());
+                parts.params.choice = choice;
+                let request = Request::new(parts).map_err(|error| Failure::invalid_value(field, error.to_string()))?;
+                requests.push(request);
+            }
         }
-        let rd = request.digest();
-        let item = items::Request { rd, body: request.clone() };
-        let permit = self.reserve(item.size_bytes())?;
-        let task_id = task_id.unwrap_or_else(|| match kind {
-            TaskKind::Completion => format!("cmpl-{rd}"),
-            TaskKind::Inference | TaskKind::Embedding => rd.to_string(),
+        Ok(requests)
+    }
+
+    /// Admits requests that are whole and valid, all of them or none.
+    async fn admit(&self, kind: TaskKind, wanted: Vec<Wanted>, wait: bool) -> Result<Vec<Admitted>, Failure> {
+        let mut reserved = Vec::with_capacity(wanted.len());
+        for wanted in wanted {
+            let kept = wanted.cache_key.and_then(|key| self.cache.get(&key));
+            let task = match kept {
+                Some(completed) => Reserved::Kept(completed),
+                None => {
+                    let item = items::Request { rd: wanted.request.digest(), body: wanted.request.clone() };
+                    let permit = self.reserve(item.size_bytes())?;
+                    Reserved::Fresh(permit, item, wanted)
+                }
+            };
+            reserved.push(task);
+        }
+        let opened = reserved.into_iter().map(|reserved| match reserved {
+            Reserved::Kept(completed) => Ok(Opened::Kept(completed)),
+            Reserved::Fresh(permit, item, wanted) => self.open(kind, permit, item, wanted, wait),
         });
-        let (sink, reply) = if wait {
-            let (sink, reply) = reply(tokens_max(&request));
-            (Some(sink), Some(reply))
+        let opened: Vec<Opened> = opened.collect::<Result<_, _>>()?;
+        let accepted = join_all(opened.iter().map(|opened| self.accept(kind, opened))).await;
+        accepted.into_iter().collect::<Result<Vec<()>, Failure>>()?;
+        try_join_all(opened.into_iter().map(|opened| self.hand_on(opened))).await
+    }
+
+    /// Puts a task on the board, from where a client that goes away cancels it.
+    fn open(
+        &self,
+        kind: TaskKind,
+        permit: Permit<items::Request>,
+        item: items::Request,
+        wanted: Wanted,
+        wait: bool,
+    ) -> Result<Opened, Failure> {
+        let Wanted { request, task_id, key, cache_key } = wanted;
+        let task_id = task_id.unwrap_or_else(|| format!("{}{}", kind.id_prefix(), item.rd));
+        let (sink, receiver) = if wait {
+            let (sink, receiver) = reply(tokens_max(&request));
+            (Some(sink), Some(receiver))
         } else {
             (None, None)
         };
         let traces = self.services.telemetry.traces();
-        traces.begin(rd.0, origin::current().as_ref());
-        traces.name(&rd.0, &task_id);
-        let task = NewTask { task_id: task_id.clone(), kind, request: request.clone(), attempt: 1, sink };
+        traces.begin(item.rd.0, origin::current().as_ref());
+        traces.name(&item.rd.0, &task_id);
+        let task = NewTask { task_id: task_id.clone(), kind, request, attempt: 1, sink };
         self.services.board.open(task)?;
-        // From here on a client that goes away cancels the task.
-        let mut guard = Waiting::new(Arc::clone(&self.services.board), rd);
+        let guard = Waiting::new(Arc::clone(&self.services.board), item.rd);
+        Ok(Opened::Fresh(Box::new(Fresh { permit, item, task_id, key, cache_key, receiver, guard })))
+    }
+
+    /// Makes a task durable.
+    async fn accept(&self, kind: TaskKind, opened: &Opened) -> Result<(), Failure> {
+        let Opened::Fresh(fresh) = opened else { return Ok(()) };
+        let (rd, request) = (fresh.item.rd, &fresh.item.body);
         let accepted = Accepted {
             rd,
             kind,
             accepted_ms: request.now_ms,
-            client,
-            task_id: task_id.clone(),
+            client: request.client.clone(),
+            task_id: fresh.task_id.clone(),
             request: request.encode(),
         };
-        if let Err(error) = self.services.journal.accept_with_key(accepted, key).await {
+        self.services.journal.accept_with_key(accepted, fresh.key).await.map_err(|error| {
             self.services.board.withdraw(&rd);
             tracing::error!(%rd, %error, "a request could not be made durable");
-            return Err(TaskError::Internal("the request could not be written to the log".to_owned()).into());
-        }
+            TaskError::Internal("the request could not be written to the log".to_owned()).into()
+        })
+    }
+
+    /// Hands a durable task on.
+    async fn hand_on(&self, opened: Opened) -> Result<Admitted, Failure> {
+        let fresh = match opened {
+            Opened::Fresh(fresh) => fresh,
+            Opened::Kept(completed) => {
+                let (task_id, request) = (completed.task_id.clone(), completed.request.clone());
+                return Ok(Admitted { task_id, request, reply: Some(Awaited::ended(completed)) });
+            }
+        };
+        let Fresh { permit, item, task_id, key, cache_key, receiver, mut guard } = *fresh;
+        let (rd, request) = (item.rd, item.body.clone());
         if permit.send(item).is_err() {
             self.services.board.fail(&rd, TaskError::Draining).await;
             return Err(TaskError::Draining.into());
         }
         guard.may_return = key.is_some();
-        let reply = match reply {
+        let reply = match receiver {
             Some(receiver) => {
                 let keep = cache_key.map(|key| (Arc::clone(&self.cache), key));
                 Some(Awaited { keep, ..Awaited::new(receiver, guard) })
@@ -399,8 +551,10 @@ impl Gateway {
     }
 
     async fn resolve(&self, ask: Ask, client: &str) -> Result<Request, Failure> {
+        let now_ms = self.services.clock.unix_ms();
         let tokens = match &ask.input {
-            AskInput::Text(text) => Some(self.tokenise(ask.field, text).await?),
+            AskInput::Text(text) => Some(self.tokenise(ask.field, text, true).await?),
+            AskInput::Chat(messages) => Some(self.render(ask.field, messages, now_ms).await?),
             AskInput::Tokens(_) | AskInput::Vector(_) => None,
         };
         let mut nonce = ask.nonce.unwrap_or_default();
@@ -408,34 +562,67 @@ impl Gateway {
             getrandom::fill(&mut nonce)
                 .map_err(|error| TaskError::Internal(format!("the system gives no random bytes: {error}")))?;
         }
-        let now_ms = self.services.clock.unix_ms();
         ask.resolve(client, now_ms, nonce, tokens, self.services.model.manifest(), &self.services.epoch)
     }
 
-    async fn tokenise(&self, field: &str, text: &str) -> Result<Vec<u32>, Failure> {
+    /// The tokens of the prompt that messages make at `now_ms`.
+    ///
+    /// # Errors
+    /// Names `field` when they make none.
+    pub(super) async fn render(&self, field: &str, messages: &Messages, now_ms: u64) -> Result<Vec<u32>, Failure> {
+        self.check_length(field, messages.text_bytes())?;
+        let _turn = self.tokenising.acquire().await;
+        let (model, messages) = (Arc::clone(&self.services.model), messages.clone());
+        let render = tokio::task::spawn_blocking(move || model.chat_tokens(&messages, now_ms));
+        let tokens = render.await.map_err(|_| TaskError::Internal("the messages could not be rendered".to_owned()))?;
+        tokens.map_err(|error| match &error {
+            ChatError::NoTemplate | ChatError::NoTokenizer | ChatError::Template(_) => {
+                Failure::unsupported_parameter(field, error.to_string())
+            }
+            ChatError::TooLong => Failure::context_length_exceeded(field, error.to_string()),
+            ChatError::Count(_)
+            | ChatError::Form
+            | ChatError::Refused(_)
+            | ChatError::Control(_)
+            | ChatError::Encode(_) => Failure::invalid_value(field, error.to_string()),
+        })
+    }
+
+    /// The tokens of a text; `with_affixes` as they are put around a prompt.
+    ///
+    /// # Errors
+    /// Names `field` when it has none.
+    pub(super) async fn tokenise(&self, field: &str, text: &str, with_affixes: bool) -> Result<Vec<u32>, Failure> {
         let manifest = self.services.model.manifest();
         let Some(tokenizer) = self.services.model.tokenizer() else {
             let wanted = if manifest.vocabulary == 0 { "a vector in \"input\"" } else { "token ids in \"prompt\"" };
             let message = format!("'{}' has no tokenizer: send {wanted}", manifest.name);
             return Err(Failure::invalid_value(field, message));
         };
-        if text.len() > self.text_bytes_max {
-            let message = format!(
-                "{field} has {} bytes, which is more than the model's {} tokens can stand for",
-                text.len(),
-                manifest.context_length
-            );
-            return Err(Failure::context_length_exceeded(field, message));
-        }
+        self.check_length(field, text.len())?;
+        let encode = move |tokenizer: &Tokenizer, text: &str| {
+            if with_affixes { tokenizer.encode(text) } else { tokenizer.encode_bare(text) }
+        };
         let encoded = if text.len() <= INLINE_TEXT_BYTES_MAX {
-            tokenizer.encode(text)
+            encode(tokenizer, text)
         } else {
             let _turn = self.tokenising.acquire().await;
             let (tokenizer, text) = (tokenizer.clone(), text.to_owned());
-            let encode = tokio::task::spawn_blocking(move || tokenizer.encode(&text));
-            encode.await.map_err(|_| TaskError::Internal("the text could not be tokenised".to_owned()))?
+            let encoded = tokio::task::spawn_blocking(move || encode(&tokenizer, &text));
+            encoded.await.map_err(|_| TaskError::Internal("the text could not be tokenised".to_owned()))?
         };
         encoded.map_err(|error| Failure::invalid_value(field, error.to_string()))
+    }
+
+    /// Text that cannot fit is not tokenised to find out.
+    fn check_length(&self, field: &str, bytes: usize) -> Result<(), Failure> {
+        if bytes <= self.text_bytes_max {
+            return Ok(());
+        }
+        let context_length = self.services.model.manifest().context_length;
+        let message =
+            format!("{field} has {bytes} bytes, which is more than the model's {context_length} tokens can stand for");
+        Err(Failure::context_length_exceeded(field, message))
     }
 }
 

@@ -13,9 +13,9 @@ use axum::http::{HeaderValue, StatusCode};
 use axum::response::{IntoResponse, Response};
 use butterfly_verify::Answer;
 
-use super::ask::{self, Ask, AskInput, Rules};
+use super::ask::{self, Ask, AskInput, COMPLETION_TOKENS, Rules};
 use super::errors::Failure;
-use super::fields::{Fields, Inputs, Prompt, Setting};
+use super::fields::{Fields, Inputs, Setting};
 use super::gate::{Caller, Client};
 use super::gateway::{Admitted, Submission};
 use super::render::{Proof, Task};
@@ -54,7 +54,9 @@ async fn admit(front: &Front, client: Caller, request: Request) -> Result<(bool,
     let task_id = fields.text("task_id")?.map(ask::task_id).transpose()?;
     let with_tokens = fields.flag("return_token_ids", front.gateway.services.model.tokenizer().is_none())?;
     let (field, input) = input(&mut fields)?;
-    let rules = Rules { mode: front.gateway.mode, temperature: 0.0 };
+    fields.refuse("n", Setting::Integer(1))?;
+    fields.refuse("echo", Setting::Flag(false))?;
+    let rules = Rules { mode: front.gateway.mode, temperature: 0.0, tokens_default: COMPLETION_TOKENS };
     let ask = Ask::new(&mut fields, field, input, rules)?;
     drop(body);
     let submission = Submission { client, kind: TaskKind::Inference, task_id, ask, wait };
@@ -68,7 +70,7 @@ fn input(fields: &mut Fields) -> Result<(&'static str, AskInput), Failure> {
         Some(Inputs::Numbers { values, .. }) => Some(AskInput::Vector(values)),
         Some(_) => return Err(Failure::invalid_value("input", "input must be a list of numbers")),
     };
-    let text = fields.text("text")?.map(|text| ask::prompt("text", Prompt::Text(text))).transpose()?;
+    let text = fields.text("text")?.map(AskInput::Text);
     let prompt = std::mem::take(&mut fields.prompt).value("prompt")?;
     let prompt = prompt.map(|prompt| ask::prompt("prompt", prompt)).transpose()?;
     let mut given = [("input", vector), ("prompt", prompt), ("text", text)]

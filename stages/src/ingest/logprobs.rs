@@ -10,6 +10,7 @@ use std::fmt::Write as _;
 
 use serde::{Serialize, Serializer};
 
+use super::render::Form;
 use crate::model::{Sampled, Tokenizer};
 
 /// Log-probabilities of some tokens, in the form of completions.
@@ -17,12 +18,45 @@ use crate::model::{Sampled, Tokenizer};
 pub(super) struct Listed {
     /// The tokens.
     tokens: Vec<String>,
-    /// Of each token that was chosen; `null` for the first of a prompt.
+    /// Of each token that was chosen.
     token_logprobs: Vec<f32>,
     /// For each position the likeliest tokens, and the chosen one.
     top_logprobs: Vec<Ranked>,
     /// Where each token begins in the text, in characters.
     text_offset: Vec<usize>,
+}
+
+/// Log-probabilities of some tokens, in the form of chats.
+#[derive(Debug, Serialize)]
+pub(super) struct Detailed {
+    content: Vec<Detail>,
+    refusal: Option<()>,
+}
+
+/// One position.
+#[derive(Debug, Serialize)]
+struct Detail {
+    #[serde(flatten)]
+    chosen: Candidate,
+    top_logprobs: Vec<Candidate>,
+}
+
+/// A token that was chosen, or might have been.
+#[derive(Debug, Serialize)]
+struct Candidate {
+    token: String,
+    logprob: f32,
+    bytes: Option<Vec<u8>>,
+}
+
+/// Either form.
+#[derive(Debug, Serialize)]
+#[serde(untagged)]
+pub(super) enum LogProbJson {
+    /// That of completions.
+    Listed(Listed),
+    /// That of chats.
+    Detailed(Detailed),
 }
 
 /// From tokens to log-probabilities, likeliest first.
@@ -38,20 +72,46 @@ impl Serialize for Ranked {
 /// Turns sampled tokens into JSON, one group after the other.
 #[derive(Debug)]
 pub(super) struct LogProbForms {
+    form: Form,
     tokenizer: Option<Tokenizer>,
     /// Characters of the text so far.
     offset: usize,
 }
 
 impl LogProbForms {
-    /// For tokens of this tokenizer, the first of which begins at `offset` of the text, in characters.
+    /// For tokens of this tokenizer, the first of which begins the text.
     #[must_use]
-    pub(super) fn new(tokenizer: Option<&Tokenizer>, offset: usize) -> Self {
-        Self { tokenizer: tokenizer.cloned(), offset }
+    pub(super) fn new(form: Form, tokenizer: Option<&Tokenizer>) -> Self {
+        Self { form, tokenizer: tokenizer.cloned(), offset: 0 }
     }
 
-    /// The next tokens in the form of completions; `None` if none of them has log-probabilities.
-    pub(super) fn listed(&mut self, sampled: &[Sampled]) -> Option<Listed> {
+    /// The next tokens; `None` if none of them has log-probabilities.
+    pub(super) fn next(&mut self, sampled: &[Sampled]) -> Option<LogProbJson> {
+        match self.form {
+            Form::Completion => self.listed(sampled).map(LogProbJson::Listed),
+            Form::Chat => self.detailed(sampled).map(LogProbJson::Detailed),
+        }
+    }
+
+    fn detailed(&self, sampled: &[Sampled]) -> Option<Detailed> {
+        let candidate = |id: u32, logprob: f32| {
+            let tokenizer = self.tokenizer.as_ref();
+            let bytes = tokenizer.map(|tokenizer| match tokenizer.special_text(id) {
+                Some(text) => text.into_bytes(),
+                None => tokenizer.token_bytes(id).to_vec(),
+            });
+            Candidate { token: self.name(id), logprob, bytes }
+        };
+        let details = sampled.iter().filter_map(|Sampled { token, logprobs }| {
+            let logprobs = logprobs.as_deref()?;
+            let top_logprobs = logprobs.top.iter().map(|(id, logprob)| candidate(*id, *logprob)).collect();
+            Some(Detail { chosen: candidate(*token, logprobs.chosen), top_logprobs })
+        });
+        let content: Vec<Detail> = details.collect();
+        (!content.is_empty()).then_some(Detailed { content, refusal: None })
+    }
+
+    fn listed(&mut self, sampled: &[Sampled]) -> Option<Listed> {
         let mut listed = Listed::default();
         for Sampled { token, logprobs } in sampled {
             let offset = self.offset;
@@ -107,21 +167,33 @@ mod tests {
         let crab = tokenizer.encode("🦀").unwrap();
         assert!(crab.len() > 1, "the crab is several tokens");
         let a = tokenizer.encode("a").unwrap()[0];
-        let mut forms = LogProbForms::new(Some(tokenizer), 5);
+        let mut forms = LogProbForms { form: Form::Completion, tokenizer: Some(tokenizer.clone()), offset: 5 };
         let tokens: Vec<Sampled> = crab.iter().chain([&a]).map(|id| sampled(*id, -1.0, &[(a, -0.5)])).collect();
-        let listed = json!(forms.listed(&tokens).unwrap());
+        let listed = json!(forms.next(&tokens).unwrap());
         assert_eq!(listed["tokens"].as_array().unwrap().last().unwrap(), "a");
         assert!(listed["tokens"][0].as_str().unwrap().starts_with("bytes:\\xf0"));
         assert_eq!(listed["text_offset"].as_array().unwrap().last().unwrap(), 6, "one character after five");
         assert_eq!(listed["top_logprobs"][0].as_object().unwrap().len(), 2, "the chosen token comes on top");
         let last = listed["top_logprobs"].as_array().unwrap().last().unwrap();
         assert_eq!(last, &json!({ "a": -0.5 }), "the chosen token is among the likeliest");
-        assert!(forms.listed(&[a.into()]).is_none(), "none was asked for");
+        assert!(forms.next(&[a.into()]).is_none(), "none was asked for");
+    }
+
+    #[test]
+    fn in_chats_tokens_come_with_their_bytes() {
+        let model = Model::open("builtin:tiny-rust", Path::new("")).unwrap();
+        let tokenizer = model.tokenizer().unwrap();
+        let (crab, a) = (tokenizer.encode("🦀").unwrap()[0], tokenizer.encode("a").unwrap()[0]);
+        let mut forms = LogProbForms::new(Form::Chat, Some(tokenizer));
+        let detailed = json!(forms.next(&[sampled(a, -0.5, &[(a, -0.5), (crab, -1.5)])]).unwrap());
+        let top = &detailed["content"][0]["top_logprobs"];
+        assert_eq!((&detailed["content"][0]["token"], &top[0]["bytes"]), (&json!("a"), &json!([97])));
+        assert_eq!((&top[1]["bytes"][0], &top[1]["logprob"]), (&json!(0xf0), &json!(-1.5)));
     }
 
     #[test]
     fn without_a_tokenizer_tokens_have_numbers() {
-        let listed = json!(LogProbForms::new(None, 0).listed(&[sampled(7, -0.25, &[])]).unwrap());
+        let listed = json!(LogProbForms::new(Form::Completion, None).next(&[sampled(7, -0.25, &[])]).unwrap());
         let expected = json!({
             "tokens": ["token_id:7"], "token_logprobs": [-0.25], "top_logprobs": [{ "token_id:7": -0.25 }], "text_offset": [0],
         });

@@ -10,7 +10,8 @@
 //! | what was asked before: retries under a key, repeats | `retry`, `cache` |
 //! | what a body may say, and what it comes to | `fields`, `ask` |
 //! | connections, bodies, rates, keys, pages, traces | `server`, `gate`, `body`, `rate`, `settings`, `cors`, `origin` |
-//! | routes and what they answer | `routes`, `inference`, `completions`, `embeddings`, `stream`, `records`, `health` |
+//! | routes and what they answer | `routes`, `inference`, `chat`, `completions`, `embeddings`, `tokens`, `records`, `health` |
+//! | how answers are written | `choices`, `stream`, `render`, `logprobs` |
 //! | the document of routes and forms | `openapi` |
 //! | failures and their statuses | `errors` |
 //!
@@ -23,6 +24,8 @@ mod ask;
 mod board;
 mod body;
 mod cache;
+mod chat;
+mod choices;
 mod completions;
 mod cors;
 mod embeddings;
@@ -46,6 +49,7 @@ mod routes;
 mod server;
 mod settings;
 mod stream;
+mod tokens;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};

@@ -21,12 +21,10 @@ use super::errors::Failure;
 use super::gate::Client;
 use super::render::{Proof, Task};
 use super::routes::Front;
-use crate::commit::{Outcome, Record};
+use crate::commit::{Outcome, Record, TaskKind};
 use crate::error::TaskError;
 use crate::model::Architecture;
 
-/// What precedes a request's digest in the id of a completion.
-const COMPLETION_PREFIX: &str = "cmpl-";
 /// Pieces of evidence in one response at most.
 const EVIDENCE_SHOWN_MAX: usize = 1024;
 
@@ -181,10 +179,11 @@ fn served(front: &Front) -> Model<'_> {
         created: front.started_s,
         owned_by: &services.topology.cluster.name,
         context_length: manifest.context_length,
-        capabilities: match manifest.architecture {
-            Architecture::Llama => &["completions", "inference"],
-            Architecture::Bert => &["embeddings", "inference"],
-            Architecture::Mlp => &["inference"],
+        capabilities: match (manifest.architecture, services.model.check_chat()) {
+            (Architecture::Llama, Ok(())) => &["chat", "completions", "inference"],
+            (Architecture::Llama, Err(_)) => &["completions", "inference"],
+            (Architecture::Bert, _) => &["embeddings", "inference"],
+            (Architecture::Mlp, _) => &["inference"],
         },
         input_width: width(manifest.input_width),
         output_width: width(manifest.output_width),
@@ -226,7 +225,8 @@ async fn find(front: &Front, client: String, id: String) -> Result<Option<Record
             if let Some(record) = journal.task(&client, &id)? {
                 return Ok(Some(record));
             }
-            let Ok(rd) = id.strip_prefix(COMPLETION_PREFIX).unwrap_or(&id).parse::<Digest>() else { return Ok(None) };
+            let bare = [TaskKind::Completion, TaskKind::Chat].iter().find_map(|kind| id.strip_prefix(kind.id_prefix()));
+            let Ok(rd) = bare.unwrap_or(&id).parse::<Digest>() else { return Ok(None) };
             Ok(journal.record(&rd)?.filter(|record| record.accepted.client == client))
         })
         .await

@@ -4,11 +4,11 @@
 //!
 //! It refuses to know where answers come from.
 
-use butterfly_verify::{Answer, Epoch, Finish, Mode, Receipt, Request};
+use butterfly_verify::{Answer, Epoch, Finish, Mode, Receipt};
 use serde::Serialize;
 
 use super::board::Completed;
-use super::logprobs::Listed;
+use super::logprobs::LogProbJson;
 
 /// What backs an answer: the `butterfly` object of a response.
 #[derive(Debug, Serialize)]
@@ -80,7 +80,7 @@ impl Proof {
 }
 
 /// Tokens counted.
-#[derive(Debug, Clone, Copy, Serialize)]
+#[derive(Debug, Clone, Copy, Default, Serialize)]
 pub(super) struct Usage {
     prompt_tokens: usize,
     completion_tokens: usize,
@@ -103,6 +103,18 @@ impl Usage {
     }
 }
 
+impl Usage {
+    /// Takes in what an answer counts. A prompt counts once, however many choices there are for it.
+    pub(super) fn add(&mut self, answer: &Answer) {
+        let Some(other) = Self::of(answer) else { return };
+        if matches!(answer, Answer::Text { choice: 0, .. }) {
+            self.prompt_tokens = self.prompt_tokens.saturating_add(other.prompt_tokens);
+        }
+        self.completion_tokens = self.completion_tokens.saturating_add(other.completion_tokens);
+        self.total_tokens = self.prompt_tokens.saturating_add(self.completion_tokens);
+    }
+}
+
 /// Why an answer ended, as clients know it.
 #[must_use]
 pub(super) fn finish_reason(finish: Finish) -> &'static str {
@@ -112,23 +124,41 @@ pub(super) fn finish_reason(finish: Finish) -> &'static str {
     }
 }
 
-/// A whole completion, or one chunk of a streamed one.
-#[derive(Debug, Serialize)]
-pub(super) struct Completion<'a> {
-    /// `cmpl-` and the request's digest.
-    pub id: &'a str,
-    /// `text_completion`.
-    pub object: &'static str,
+/// How answers to a route look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Form {
+    /// Text that goes on.
+    Completion,
+    /// Messages.
+    Chat,
+}
+
+/// What is the same in all chunks of a response.
+#[derive(Debug, Clone)]
+pub(super) struct Head {
+    /// How it looks.
+    pub form: Form,
+    /// The id of the first task.
+    pub id: String,
+    /// The model.
+    pub model: String,
     /// When it was asked for, in seconds since 1970.
     pub created: u64,
-    /// The model.
-    pub model: &'a str,
-    /// One choice, or none in the chunk that counts tokens.
+}
+
+/// A whole response with choices, or one chunk of a streamed one.
+#[derive(Debug, Serialize)]
+pub(super) struct Completion<'a> {
+    id: &'a str,
+    object: &'static str,
+    created: u64,
+    model: &'a str,
+    /// The choices, or none in the chunk that counts tokens.
     pub choices: Vec<Choice<'a>>,
     /// Tokens counted; `null` in chunks of a stream that will count them at the end.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub usage: Option<Option<Usage>>,
-    /// What backs the answer, once it is there.
+    /// What backs the one answer that is there.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub butterfly: Option<&'a Proof>,
 }
@@ -136,12 +166,13 @@ pub(super) struct Completion<'a> {
 /// A choice, or a piece of one.
 #[derive(Debug, Serialize)]
 pub(super) struct Choice<'a> {
-    /// Always the only one.
-    pub index: u32,
-    /// The text, or the next piece of it.
-    pub text: &'a str,
+    /// Its place among the choices to all prompts.
+    pub index: usize,
+    /// What it says.
+    #[serde(flatten)]
+    pub words: Words<'a>,
     /// Log-probabilities, if asked for. Votes do not cover them.
-    pub logprobs: Option<Listed>,
+    pub logprobs: Option<LogProbJson>,
     /// Why it ended, once it has.
     pub finish_reason: Option<&'static str>,
     /// The prompt's tokens, if asked for.
@@ -150,29 +181,109 @@ pub(super) struct Choice<'a> {
     /// The generated tokens, or the next of them, if asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub token_ids: Option<&'a [u32]>,
+    /// What backs it, where there are several.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub butterfly: Option<&'a Proof>,
 }
 
-impl<'a> Completion<'a> {
-    /// A completion with one choice.
+/// What a choice says, as its form has it.
+#[derive(Debug, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub(super) enum Words<'a> {
+    /// Text, or a piece of it.
+    Text(&'a str),
+    /// A message of the model.
+    Message {
+        /// Who speaks.
+        role: &'static str,
+        /// What is said.
+        content: &'a str,
+        /// A model says what it says.
+        refusal: Option<()>,
+    },
+    /// A piece of a message.
+    Delta {
+        /// Who speaks, in the first piece.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        role: Option<&'static str>,
+        /// What is said.
+        #[serde(skip_serializing_if = "Option::is_none")]
+        content: Option<&'a str>,
+    },
+}
+
+/// The role of whatever the model says.
+const ASSISTANT: &str = "assistant";
+
+impl Form {
+    /// A whole answer.
     #[must_use]
-    pub(super) fn new(id: &'a str, request: &'a Request, choice: Choice<'a>) -> Self {
-        Self {
-            id,
-            object: "text_completion",
-            created: request.now_ms / 1000,
-            model: &request.model,
-            choices: vec![choice],
-            usage: None,
-            butterfly: None,
+    pub(super) fn whole(self, text: &str) -> Words<'_> {
+        match self {
+            Self::Completion => Words::Text(text),
+            Self::Chat => Words::Message { role: ASSISTANT, content: text, refusal: None },
+        }
+    }
+
+    /// A piece of an answer, which may be empty.
+    #[must_use]
+    pub(super) fn piece(self, text: &str) -> Words<'_> {
+        match self {
+            Self::Completion => Words::Text(text),
+            Self::Chat => Words::Delta { role: None, content: Some(text).filter(|text| !text.is_empty()) },
+        }
+    }
+
+    /// What comes before the first piece.
+    #[must_use]
+    pub(super) fn beginning(self, text: &str) -> Words<'_> {
+        match self {
+            Self::Completion => Words::Text(text),
+            Self::Chat => Words::Delta { role: Some(ASSISTANT), content: Some(text) },
         }
     }
 }
 
-impl<'a> Choice<'a> {
-    /// A piece of text.
+impl Head {
+    /// A whole response.
     #[must_use]
-    pub(super) fn piece(text: &'a str) -> Self {
-        Self { index: 0, text, logprobs: None, finish_reason: None, prompt_token_ids: None, token_ids: None }
+    pub(super) fn whole<'a>(&'a self, choices: Vec<Choice<'a>>) -> Completion<'a> {
+        let object = match self.form {
+            Form::Completion => "text_completion",
+            Form::Chat => "chat.completion",
+        };
+        self.completion(object, choices)
+    }
+
+    /// A chunk of a stream.
+    #[must_use]
+    pub(super) fn chunk<'a>(&'a self, choices: Vec<Choice<'a>>) -> Completion<'a> {
+        let object = match self.form {
+            Form::Completion => "text_completion",
+            Form::Chat => "chat.completion.chunk",
+        };
+        self.completion(object, choices)
+    }
+
+    fn completion<'a>(&'a self, object: &'static str, choices: Vec<Choice<'a>>) -> Completion<'a> {
+        let Self { id, model, created, .. } = self;
+        Completion { id, object, created: *created, model, choices, usage: None, butterfly: None }
+    }
+}
+
+impl<'a> Choice<'a> {
+    /// Words and nothing else.
+    #[must_use]
+    pub(super) fn new(index: usize, words: Words<'a>) -> Self {
+        Self {
+            index,
+            words,
+            logprobs: None,
+            finish_reason: None,
+            prompt_token_ids: None,
+            token_ids: None,
+            butterfly: None,
+        }
     }
 }
 

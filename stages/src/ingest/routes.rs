@@ -23,7 +23,7 @@ use super::fields::Fields;
 use super::gateway::Gateway;
 use super::rate::Rates;
 use super::settings::Settings;
-use super::{completions, embeddings, gate, health, inference, openapi, records};
+use super::{chat, completions, embeddings, gate, health, inference, openapi, records, tokens};
 use crate::commit::TaskKind;
 
 /// Bodies up to this size are read before it is known whether there is room.
@@ -152,6 +152,9 @@ pub(super) fn routes() -> Routes {
         .get("/inference/{id}", records::task)
         .post("/v1/completions", completions::submit)
         .post("/v1/embeddings", embeddings::submit)
+        .post("/v1/chat/completions", chat::submit)
+        .post("/tokenize", tokens::tokenize)
+        .post("/detokenize", tokens::detokenize)
         .delete("/v1/requests/{id}", records::cancel)
         .get("/v1/receipts/{id}", records::receipt)
         .get("/v1/models", records::models)

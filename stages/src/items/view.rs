@@ -19,6 +19,7 @@ pub(super) fn request(item: &'static str, request: &Request, payload: bool) -> V
     let mut view = json!({ "item": item, "request": request.rd, "model": body.model });
     let (kind, count) = match &body.input {
         Input::Text { tokens, .. } => ("text", tokens.len()),
+        Input::Chat { tokens, .. } => ("chat", tokens.len()),
         Input::Tokens { tokens } => ("tokens", tokens.len()),
         Input::Vector { values } => ("vector", values.len()),
     };
@@ -26,6 +27,7 @@ pub(super) fn request(item: &'static str, request: &Request, payload: bool) -> V
     if payload {
         view["payload"] = match &body.input {
             Input::Text { prompt, .. } => json!(prompt),
+            Input::Chat { messages, .. } => json!(messages),
             Input::Tokens { tokens } => json!(first(tokens)),
             Input::Vector { values } => json!(first(values)),
         };

@@ -24,6 +24,12 @@ pub(super) fn source(name: &str) -> Result<Source, SourceError> {
             config: embedded(name, "config.json", include_bytes!("../../models/tiny-rust/config.json")),
             tokenizer: Some(embedded(name, "tokenizer.json", include_bytes!("../../models/tiny-rust/tokenizer.json"))),
             sentences: Sentences::default(),
+            tokenizer_config: None,
+            chat_template: Some(embedded(
+                name,
+                "chat_template.jinja",
+                include_bytes!("../../models/tiny-rust/chat_template.jinja"),
+            )),
             index: None,
             weights: vec![embedded(
                 name,
@@ -31,7 +37,6 @@ pub(super) fn source(name: &str) -> Result<Source, SourceError> {
                 include_bytes!("../../models/tiny-rust/model.safetensors"),
             )],
             format: Format::Safetensors,
-            chat_template: None,
         }),
         "mlp" => {
             let config = format!(r#"{{"model_type":"mlp","layer_sizes":{MLP_SIZES:?},"activation":"relu"}}"#);
@@ -40,10 +45,11 @@ pub(super) fn source(name: &str) -> Result<Source, SourceError> {
                 config: part(name, "config.json", Bytes::Owned(config.into_bytes())),
                 tokenizer: None,
                 sentences: Sentences::default(),
+                tokenizer_config: None,
+                chat_template: None,
                 index: None,
                 weights: vec![part(name, "model.safetensors", Bytes::Owned(mlp_weights()))],
                 format: Format::Safetensors,
-                chat_template: None,
             })
         }
         _ => Err(SourceError::UnknownBuiltin { name: name.chars().take(80).collect() }),

@@ -1,9 +1,9 @@
 //! What a model is: its shape, what each layer costs, and one digest over everything that decides its function.
 //!
-//! Invariants: the root covers the exact bytes of config, tokenizer, index, weight files and what lies beside an encoder
-//! in that order, each under a role of its own and with its length, so no two different models share one; of a GGUF file,
-//! which holds all of these, it covers the file. It does not cover names or paths, so the same model has the same root on
-//! every machine.
+//! Invariants: the root covers the exact bytes of config, tokenizer, its config, chat template, index, weight files and what
+//! lies beside an encoder in that order, each under a role of its own and with its length, so no two different models
+//! share one; of a GGUF file, which holds all of these, it covers the file. It does not cover names or paths, so the same
+//! model has the same root on every machine.
 //!
 //! It refuses to know nodes and plans.
 
@@ -42,8 +42,6 @@ pub struct Manifest {
     pub bos: Option<u32>,
     /// Each ends a sequence; ascending.
     pub eos: Vec<u32>,
-    /// The chat template as the weight file carries it, unread; a folder has it in files of its own.
-    pub chat_template: Option<String>,
     /// SHA-256 over config, tokenizer and weights.
     pub root: [u8; 32],
     /// One entry per layer; what surrounds the layers is counted with the first and the last.
@@ -89,7 +87,6 @@ impl Manifest {
                 output_width: 0,
                 bos: config.bos,
                 eos: config.eos.clone(),
-                chat_template: source.chat_template.clone(),
                 root,
                 layer_costs: llama_costs(config, weights),
             },
@@ -104,7 +101,6 @@ impl Manifest {
                 output_width: config.hidden,
                 bos: None,
                 eos: Vec::new(),
-                chat_template: None,
                 root,
                 layer_costs: bert_costs(config, weights),
             },
@@ -119,7 +115,6 @@ impl Manifest {
                 output_width: config.layer_sizes.last().copied().unwrap_or(0),
                 bos: None,
                 eos: Vec::new(),
-                chat_template: None,
                 root,
                 layer_costs: mlp_costs(config, weights),
             },
@@ -206,7 +201,13 @@ fn mlp_costs(config: &MlpConfig, weights: &Weights) -> Vec<LayerCost> {
 }
 
 fn root(source: &Source) -> [u8; 32] {
-    let small = [(b'c', Some(&source.config)), (b't', source.tokenizer.as_ref()), (b'i', source.index.as_ref())];
+    let small = [
+        (b'c', Some(&source.config)),
+        (b't', source.tokenizer.as_ref()),
+        (b'k', source.tokenizer_config.as_ref()),
+        (b'j', source.chat_template.as_ref()),
+        (b'i', source.index.as_ref()),
+    ];
     let small = small.into_iter().filter_map(|(role, part)| part.map(|part| (role, part)));
     let weights = source.weights.iter().map(|part| (b'w', part));
     let parts: Vec<(u8, &Part)> = match source.format {
@@ -250,11 +251,21 @@ mod tests {
             config: part(config),
             tokenizer: tokenizer.map(part),
             sentences: Sentences::default(),
+            tokenizer_config: None,
+            chat_template: None,
             index: None,
             weights: weights.iter().map(|bytes| part(bytes)).collect(),
             format: Format::Safetensors,
-            chat_template: None,
         }
+    }
+
+    /// The root of a source with a tokenizer's config and a chat template.
+    fn chatty(config: &[u8], template: Option<&[u8]>) -> [u8; 32] {
+        let mut source = source(b"c", None, &[b"w"]);
+        let part = |bytes: &[u8]| Part { file: "f".into(), name: "n".into(), bytes: Bytes::Owned(bytes.to_vec()) };
+        source.tokenizer_config = Some(part(config));
+        source.chat_template = template.map(part);
+        root(&source)
     }
 
     #[test]
@@ -269,7 +280,10 @@ mod tests {
             source(b"c", None, &[b"", b"w"]),
             source(b"cw", None, &[b""]),
         ]
-        .map(|source| root(&source));
+        .map(|source| root(&source))
+        .into_iter()
+        .chain([chatty(b"c", None), chatty(b"", Some(b"c")), chatty(b"", None)])
+        .collect::<Vec<_>>();
         for (index, one) in roots.iter().enumerate() {
             assert!(roots.iter().skip(index + 1).all(|other| other != one), "{index}");
         }

@@ -13,6 +13,7 @@
 
 mod bert;
 mod builtin;
+mod chat;
 pub mod config;
 mod generation;
 pub mod gguf;
@@ -45,12 +46,16 @@ use slice::Layers;
 use source::{Bytes, Format, Part, Source};
 use weights::Weights;
 
+pub use chat::{ChatError, ChatTemplate, MESSAGES_MAX, Message, Messages, Role};
 pub use generation::{Generation, Sampled};
 pub use manifest::{Architecture, LayerCost, Manifest};
 pub use packed::PackedWeights;
 pub use sequence::{Sequence, SequenceStep, StepFault, StepInput, StepOutput};
 pub use slice::{ForwardError, SliceModel};
-pub use source::{CONFIG_BYTES_MAX, INDEX_BYTES_MAX, SourceError, TOKENIZER_BYTES_MAX, WEIGHT_FILES_MAX};
+pub use source::{
+    CHAT_TEMPLATE_BYTES_MAX, CONFIG_BYTES_MAX, INDEX_BYTES_MAX, SourceError, TOKENIZER_BYTES_MAX,
+    TOKENIZER_CONFIG_BYTES_MAX, WEIGHT_FILES_MAX,
+};
 pub use tokenizer::{EncodeError, TEXT_BYTES_MAX, Tokenizer, TokenizerError};
 pub use weights::{HEADER_BYTES_MAX, WeightsError};
 
@@ -64,6 +69,7 @@ pub struct Model {
     config: Config,
     weights: Weights,
     tokenizer: Option<Tokenizer>,
+    chat: Result<ChatTemplate, ChatError>,
     manifest: Manifest,
     packed: OnceLock<PackedWeights>,
 }
@@ -155,7 +161,9 @@ impl Model {
             }
             _ => None,
         };
-        Ok(Self { source, config, weights, tokenizer, manifest, packed: OnceLock::new() })
+        let chat = chat::of_files(source.tokenizer_config.as_ref(), source.chat_template.as_ref());
+        let chat = chat.map(|template| template.with_tokens(&manifest, tokenizer.as_ref()));
+        Ok(Self { source, config, weights, tokenizer, chat, manifest, packed: OnceLock::new() })
     }
 
     /// Keeps packed weights on disk from now on, and takes those that are there, so that a later start need not pack
@@ -174,6 +182,25 @@ impl Model {
     #[must_use]
     pub fn tokenizer(&self) -> Option<&Tokenizer> {
         self.tokenizer.as_ref()
+    }
+
+    /// Whether messages of a chat can be turned into a prompt.
+    ///
+    /// # Errors
+    ///
+    /// Why they cannot.
+    pub fn check_chat(&self) -> Result<(), ChatError> {
+        self.chat.as_ref().map(drop).map_err(ChatError::clone)
+    }
+
+    /// The tokens of the prompt that messages make at `now_ms`, in milliseconds since 1970.
+    ///
+    /// # Errors
+    ///
+    /// [`ChatError`], also where the model has no template or no tokenizer.
+    pub fn chat_tokens(&self, messages: &Messages, now_ms: u64) -> Result<Vec<u32>, ChatError> {
+        let template = self.chat.as_ref().map_err(ChatError::clone)?;
+        template.tokens(messages, now_ms, self.tokenizer.as_ref().ok_or(ChatError::NoTokenizer)?)
     }
 
     /// Packs the layers `layers`; the first slice also embeds, the last one also has the head. A slice of the same content

@@ -1,8 +1,9 @@
 //! Where the bytes of a model come from: a folder, a GGUF file, or this program itself.
 //!
-//! Invariants: the parts of a [`Source`] are in one fixed order (config, tokenizer, index, weight files by name, what lies
-//! beside an encoder); small parts are private copies, so what is digested is what is parsed; weight files are mapped.
-//! Embedded bytes may lie at any address: nothing here promises alignment. Config and tokenizer of a GGUF file are derived from it, and so only the
+//! Invariants: the parts of a [`Source`] are in one fixed order (config, tokenizer, its config, chat template, index, weight
+//! files by name, what lies beside an encoder); small parts are private copies, so what is digested is what is parsed;
+//! weight files are mapped. Embedded bytes may lie at any address: nothing here promises alignment. What a GGUF file holds
+//! besides weights is derived from it, and so only the
 //! file itself is digested.
 //!
 //! It refuses to know what the bytes mean, apart from the file names in a shard index.
@@ -22,6 +23,10 @@ use super::gguf::{self, Gguf, GgufError};
 pub const CONFIG_BYTES_MAX: usize = 1 << 20;
 /// Size of `tokenizer.json`, at most.
 pub const TOKENIZER_BYTES_MAX: usize = 64 << 20;
+/// Size of `tokenizer_config.json`, at most.
+pub const TOKENIZER_CONFIG_BYTES_MAX: usize = 16 << 20;
+/// Size of `chat_template.jinja`, at most.
+pub const CHAT_TEMPLATE_BYTES_MAX: usize = 1 << 20;
 /// Size of `model.safetensors.index.json`, at most.
 pub const INDEX_BYTES_MAX: usize = 16 << 20;
 /// Weight files of one model, at most.
@@ -29,6 +34,8 @@ pub const WEIGHT_FILES_MAX: usize = 1024;
 
 const CONFIG_FILE: &str = "config.json";
 const TOKENIZER_FILE: &str = "tokenizer.json";
+const TOKENIZER_CONFIG_FILE: &str = "tokenizer_config.json";
+const CHAT_TEMPLATE_FILE: &str = "chat_template.jinja";
 const WEIGHTS_FILE: &str = "model.safetensors";
 const INDEX_FILE: &str = "model.safetensors.index.json";
 const MODULES_FILE: &str = "modules.json";
@@ -44,14 +51,16 @@ pub(super) struct Source {
     pub(super) tokenizer: Option<Part>,
     /// What says how an encoder's rows become one vector.
     pub(super) sentences: Sentences,
+    /// `tokenizer_config.json`, for what it says of chats.
+    pub(super) tokenizer_config: Option<Part>,
+    /// `chat_template.jinja`, which precedes a template inside of `tokenizer_config.json`; or the one of a GGUF file.
+    pub(super) chat_template: Option<Part>,
     /// The shard index, where the weights are in several files.
     pub(super) index: Option<Part>,
     /// Ascending by file name.
     pub(super) weights: Vec<Part>,
     /// How the weight files are written.
     pub(super) format: Format,
-    /// The chat template, where the weight file carries it.
-    pub(super) chat_template: Option<String>,
 }
 
 /// How weight files are written.
@@ -203,16 +212,22 @@ impl Source {
         let config = derived(CONFIG_FILE, &gguf::config::config(&gguf).map_err(wrong)?);
         let tokenizer = gguf::tokenizer::tokenizer(&gguf).map_err(wrong)?;
         let tokenizer = tokenizer.map(|json| derived(TOKENIZER_FILE, &json));
-        let chat_template = gguf.text("tokenizer.chat_template").map_err(wrong)?.map(str::to_owned);
+        let chat_template = gguf.text("tokenizer.chat_template").map_err(wrong)?;
+        let chat_template = chat_template.map(|text| Part {
+            file: format!("{}, as {CHAT_TEMPLATE_FILE}", weights.file),
+            name: CHAT_TEMPLATE_FILE.to_owned(),
+            bytes: Bytes::Owned(text.as_bytes().to_vec()),
+        });
         Ok(Self {
             name,
             config,
             tokenizer,
             sentences: Sentences::default(),
+            tokenizer_config: None,
+            chat_template,
             index: None,
             weights: vec![weights],
             format: Format::Gguf,
-            chat_template,
         })
     }
 
@@ -235,6 +250,8 @@ impl Source {
             pooling: beside(POOLING_FILE)?,
             limits: beside(SENTENCES_FILE)?,
         };
+        let tokenizer_config = Part::small_if_there(folder, TOKENIZER_CONFIG_FILE, TOKENIZER_CONFIG_BYTES_MAX)?;
+        let chat_template = Part::small_if_there(folder, CHAT_TEMPLATE_FILE, CHAT_TEMPLATE_BYTES_MAX)?;
         let (index, weights) = if is_there(folder, WEIGHTS_FILE) {
             (None, vec![Part::mapped(folder, WEIGHTS_FILE)?])
         } else if let Some(index) = Part::small_if_there(folder, INDEX_FILE, INDEX_BYTES_MAX)? {
@@ -246,7 +263,7 @@ impl Source {
             return Err(SourceError::NoWeights { folder: folder.to_owned() });
         };
         let format = Format::Safetensors;
-        Ok(Self { name, config, tokenizer, sentences, index, weights, format, chat_template: None })
+        Ok(Self { name, config, tokenizer, sentences, tokenizer_config, chat_template, index, weights, format })
     }
 }
 

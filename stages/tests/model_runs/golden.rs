@@ -53,7 +53,7 @@ fn the_vector_that_the_dense_network_gives() {
     assert_eq!(hex::encode(sequence.interior()), MLP_INTERIOR);
 }
 
-const TINY_RUST_ROOT: &str = "510328fd848ddfe1d11a0aa3e92209c362d3631e136d271a6f095fcb6d597764";
+const TINY_RUST_ROOT: &str = "ad22f4f7d4765b171afe6fa27d7490f3d279f475e15d5187218daa6a02db5447";
 const MLP_ROOT: &str = "47cf84a742496b65381434faf6ccbaa5937bddd12b6ed8f1f625c2663cad1664";
 const SHARDED_ROOT: &str = "3cea97a644cccec42f08f98dc224234211536d1b3e7e7b9d01733230293e90e3";
 const TINY_RUST_LOGITS: &str = "4c1a9efcfc1305aad8366bdfe2bdee322e5860d404c3edb0b00a49247e571f15";

@@ -82,7 +82,7 @@ pub fn boundary0(request: &Request, answer: &Answer) -> Result<(u32, Digest), Mi
     let mut boundary = BoundaryRoot::new();
     match &request.input {
         Input::Vector { values } => boundary.push_row(values),
-        Input::Text { tokens: prompt, .. } | Input::Tokens { tokens: prompt } => {
+        Input::Text { tokens: prompt, .. } | Input::Chat { tokens: prompt, .. } | Input::Tokens { tokens: prompt } => {
             let fed = match answer {
                 Answer::Text { tokens, .. } => tokens.split_last().map_or(&[][..], |(_, fed)| fed),
                 Answer::Numeric { tokens, .. } => tokens.as_slice(),

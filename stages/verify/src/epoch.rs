@@ -279,7 +279,7 @@ impl Epoch {
         let limits = &self.parts.limits;
         match &request.input {
             Input::Vector { values } => OverLimit::check("values", values.len(), limits.values_max),
-            Input::Text { tokens, .. } | Input::Tokens { tokens } => {
+            Input::Text { tokens, .. } | Input::Chat { tokens, .. } | Input::Tokens { tokens } => {
                 // The last token generated takes no position.
                 let generated = usize::try_from(request.params.max_tokens).unwrap_or(usize::MAX).saturating_sub(1);
                 OverLimit::check("positions", tokens.len().saturating_add(generated), limits.positions_max)

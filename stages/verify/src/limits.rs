@@ -11,7 +11,7 @@ pub const NAME_BYTES_MAX: usize = 256;
 pub const SLICES_MAX: usize = 1024;
 /// Byzantine nodes tolerated per slice; a replica set holds twice as many and one.
 pub const MAX_BYZANTINE_MAX: u16 = 100;
-/// Bytes of a raw prompt.
+/// Bytes of a raw prompt, and of a chat's messages.
 pub const PROMPT_BYTES_MAX: usize = 8 << 20;
 /// Tokens of a prompt, and tokens of an answer.
 pub const TOKENS_MAX: usize = 1 << 20;

@@ -50,6 +50,13 @@ pub enum Input {
         /// 1 to [`TOKENS_MAX`] token ids.
         tokens: Vec<u32>,
     },
+    /// Messages of a chat and the tokens the gateway made of them. Replicas render and tokenise them again before they vote.
+    Chat {
+        /// The messages, as JSON in the form that the replicas' chat templates take.
+        messages: String,
+        /// 1 to [`TOKENS_MAX`] token ids.
+        tokens: Vec<u32>,
+    },
     /// Token ids as given by the client.
     Tokens {
         /// 1 to [`TOKENS_MAX`] token ids.
@@ -67,7 +74,7 @@ impl Input {
     /// The prompt's tokens; none for a vector.
     pub fn tokens(&self) -> Option<&[u32]> {
         match self {
-            Self::Text { tokens, .. } | Self::Tokens { tokens } => Some(tokens),
+            Self::Text { tokens, .. } | Self::Chat { tokens, .. } | Self::Tokens { tokens } => Some(tokens),
             Self::Vector { .. } => None,
         }
     }
@@ -291,6 +298,10 @@ fn check(parts: &RequestParts) -> Result<(), RequestError> {
             at_most("input.prompt", prompt.len(), PROMPT_BYTES_MAX)?;
             some_at_most("input.tokens", tokens.len(), TOKENS_MAX)?;
         }
+        Input::Chat { messages, tokens } => {
+            at_most("input.messages", messages.len(), PROMPT_BYTES_MAX)?;
+            some_at_most("input.tokens", tokens.len(), TOKENS_MAX)?;
+        }
         Input::Tokens { tokens } => some_at_most("input.tokens", tokens.len(), TOKENS_MAX)?,
         Input::Vector { values } => {
             some_at_most("input.values", values.len(), VALUES_MAX)?;
@@ -367,6 +378,11 @@ fn write(parts: &RequestParts) -> Vec<u8> {
             writer.u8(2);
             writer.floats(values);
         }
+        Input::Chat { messages, tokens } => {
+            writer.u8(3);
+            writer.bytes(messages.as_bytes());
+            writer.tokens(tokens);
+        }
     }
     let params = &parts.params;
     writer.u32(params.max_tokens);
@@ -416,14 +432,20 @@ fn read_input(reader: &mut Reader<'_>) -> Result<Input, DecodeError> {
         Text,
         Tokens,
         Vector,
+        Chat,
     }
     let kind = reader.choice("input", |byte| match byte {
         0 => Some(Kind::Text),
         1 => Some(Kind::Tokens),
         2 => Some(Kind::Vector),
+        3 => Some(Kind::Chat),
         _ => None,
     })?;
     Ok(match kind {
+        Kind::Chat => Input::Chat {
+            messages: reader.string("input.messages", PROMPT_BYTES_MAX)?,
+            tokens: reader.tokens("input.tokens", TOKENS_MAX)?,
+        },
         Kind::Text => Input::Text {
             prompt: reader.string("input.prompt", PROMPT_BYTES_MAX)?,
             tokens: reader.tokens("input.tokens", TOKENS_MAX)?,

@@ -19,6 +19,7 @@ fn tokens() -> impl Strategy<Value = Vec<u32>> {
 fn input() -> impl Strategy<Value = Input> {
     prop_oneof![
         (".{0,30}", tokens()).prop_map(|(prompt, tokens)| Input::Text { prompt, tokens }),
+        (".{0,30}", tokens()).prop_map(|(messages, tokens)| Input::Chat { messages, tokens }),
         tokens().prop_map(|tokens| Input::Tokens { tokens }),
         proptest::collection::vec(finite(), 1..40).prop_map(|values| Input::Vector { values }),
     ]

@@ -277,6 +277,14 @@ fn describe_request(request: &Request) -> String {
                 count(request.params.max_tokens as usize, "token")
             )
         }
+        Input::Chat { messages, tokens: ids } => {
+            format!(
+                "{} ({}), at most {}",
+                quoted(messages),
+                tokens(ids),
+                count(request.params.max_tokens as usize, "token")
+            )
+        }
         Input::Tokens { tokens: ids } => format!("{} given as such", tokens(ids)),
         Input::Vector { values } => format!("a vector of {}", values.len()),
     }

@@ -4,7 +4,7 @@ use super::super::fixture::epoch;
 use super::*;
 use crate::model::Model;
 
-const RULES: Rules = Rules { mode: Mode::Full, temperature: 1.0 };
+const RULES: Rules = Rules { mode: Mode::Full, temperature: 1.0, tokens_default: COMPLETION_TOKENS };
 
 fn ask(body: &str) -> Result<Ask, Failure> {
     let mut fields = Fields::parse(body.as_bytes()).unwrap();
@@ -82,7 +82,10 @@ fn what_cannot_be_kept_is_refused_by_name() {
         (r#"{"prompt": "x", "butterfly": {"verfy": "full"}}"#, "unsupported_parameter", "butterfly.verfy"),
         (r#"{"prompt": "x", "butterfly": {"deadline_ms": 600001}}"#, "invalid_value", "butterfly.deadline_ms"),
         (r#"{"prompt": "x", "butterfly": 5}"#, "invalid_value", "butterfly"),
-        (r#"{"prompt": "x", "n": 2}"#, "unsupported_parameter", "n"),
+        (r#"{"prompt": "x", "n": 2, "best_of": 3}"#, "unsupported_parameter", "best_of"),
+        (r#"{"prompt": "x", "n": 0}"#, "invalid_value", "n"),
+        (r#"{"prompt": "x", "response_format": {"type": "json_object"}}"#, "unsupported_parameter", "response_format"),
+        (r#"{"prompt": "x", "response_format": {"type": 7}}"#, "invalid_value", "response_format.type"),
     ] {
         assert_eq!(refusal(body), (code, param.to_owned()), "{body}");
     }

@@ -12,6 +12,8 @@ use crate::ingest::errors::Failure;
 
 /// Entries of an object of options at most.
 const OPTIONS_MAX: usize = 16;
+/// Prompts of one request at most.
+pub(super) const PROMPTS_MAX: usize = 128;
 
 /// A field that holds a list of some kind.
 #[derive(Debug, Default)]
@@ -27,15 +29,17 @@ pub(in crate::ingest) enum List<T> {
     Wrong(String),
 }
 
-/// `prompt`.
+/// `prompt`: one or several, never none.
+#[derive(Debug, PartialEq)]
+pub(in crate::ingest) struct Prompts(pub Vec<Prompt>);
+
+/// One prompt.
 #[derive(Debug, PartialEq)]
 pub(in crate::ingest) enum Prompt {
-    /// A string, alone or as the one element of a list.
+    /// A string.
     Text(String),
-    /// Token ids, alone or as the one element of a list.
+    /// Token ids.
     Tokens(Vec<u32>),
-    /// A list of several prompts.
-    Several,
 }
 
 /// `stop`: one string or several.
@@ -168,60 +172,77 @@ pub(super) fn token(value: &Setting) -> Option<u32> {
     }
 }
 
-impl Kind for Prompt {
-    const WANTED: &'static str = "a string or a list of token ids";
+impl Kind for Prompts {
+    const WANTED: &'static str = "a string, a list of token ids, or a list of these";
 
     fn from_text(text: String) -> Result<Self, String> {
-        Ok(Self::Text(text))
+        Ok(Self(vec![Prompt::Text(text)]))
     }
 
     fn from_list<'de, A: SeqAccess<'de>>(list: &mut A) -> Result<Result<Self, String>, A::Error> {
-        let mut tokens = Vec::new();
         let first = match list.next_element::<Element>()? {
             None => return Ok(Err("is empty".to_owned())),
-            Some(Element::Token(token)) => token,
-            Some(Element::Prompt(prompt)) => {
-                let is_alone = list.next_element::<IgnoredAny>()?.is_none();
-                return Ok(if is_alone { prompt } else { Ok(Self::Several) });
-            }
+            Some(Element::Token(token)) => return Ok(tokens_after(token, list)?.map(|prompt| Self(vec![prompt]))),
+            Some(first) => first,
         };
-        tokens.push(first);
-        while let Some(value) = list.next_element::<Setting>()? {
-            match token(&value) {
-                Some(_) if tokens.len() == TOKENS_MAX => return Ok(Err(format!("has more than {TOKENS_MAX} tokens"))),
-                Some(token) => tokens.push(token),
-                None => return Ok(Err(format!("element {} is no token id", tokens.len()))),
+        let mut prompts = Vec::new();
+        let mut next = Some(first);
+        while let Some(element) = next {
+            let number = prompts.len();
+            match element {
+                Element::Prompt(_) if number == PROMPTS_MAX => {
+                    return Ok(Err(format!("has more than {PROMPTS_MAX} prompts")));
+                }
+                Element::Prompt(prompt) => prompts.push(prompt),
+                Element::Token(_) => return Ok(Err(format!("element {number} is a token id among prompts"))),
+                Element::Wrong(problem) => return Ok(Err(format!("element {number}{problem}"))),
             }
+            next = list.next_element()?;
         }
-        Ok(Ok(Self::Tokens(tokens)))
+        Ok(Ok(Self(prompts)))
     }
 }
 
-/// The first element of a prompt that is a list.
+/// The rest of a list of token ids.
+fn tokens_after<'de, A: SeqAccess<'de>>(first: u32, list: &mut A) -> Result<Result<Prompt, String>, A::Error> {
+    let mut tokens = vec![first];
+    while let Some(value) = list.next_element::<Setting>()? {
+        match token(&value) {
+            Some(_) if tokens.len() == TOKENS_MAX => return Ok(Err(format!("has more than {TOKENS_MAX} tokens"))),
+            Some(token) => tokens.push(token),
+            None => return Ok(Err(format!("element {} is no token id", tokens.len()))),
+        }
+    }
+    Ok(Ok(Prompt::Tokens(tokens)))
+}
+
+/// An element of a prompt that is a list.
 enum Element {
     Token(u32),
-    Prompt(Result<Prompt, String>),
+    Prompt(Prompt),
+    /// What is wrong, to be read after its number.
+    Wrong(String),
 }
 
 impl<'de> Deserialize<'de> for Element {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct First;
+        struct Any;
 
-        impl First {
+        impl Any {
             fn integer<E>(value: impl TryInto<u32>) -> Result<Element, E> {
                 Ok(value.try_into().map_or_else(|_| wrong(), Element::Token))
             }
         }
 
         fn wrong() -> Element {
-            Element::Prompt(Err("element 0 is neither a token id nor a prompt".to_owned()))
+            Element::Wrong(" is neither a token id nor a prompt".to_owned())
         }
 
-        impl<'de> Visitor<'de> for First {
+        impl<'de> Visitor<'de> for Any {
             type Value = Element;
 
             fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str(Prompt::WANTED)
+                f.write_str(Prompts::WANTED)
             }
 
             fn visit_u64<E>(self, value: u64) -> Result<Element, E> {
@@ -245,11 +266,11 @@ impl<'de> Deserialize<'de> for Element {
             }
 
             fn visit_str<E>(self, text: &str) -> Result<Element, E> {
-                Ok(Element::Prompt(Ok(Prompt::Text(text.to_owned()))))
+                Ok(Element::Prompt(Prompt::Text(text.to_owned())))
             }
 
             fn visit_string<E>(self, text: String) -> Result<Element, E> {
-                Ok(Element::Prompt(Ok(Prompt::Text(text))))
+                Ok(Element::Prompt(Prompt::Text(text)))
             }
 
             fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Element, A::Error> {
@@ -259,12 +280,12 @@ impl<'de> Deserialize<'de> for Element {
                     let Some(value) = list.next_element::<Setting>()? else { break };
                     match token(&value) {
                         Some(token) if tokens.len() < TOKENS_MAX => tokens.push(token),
-                        Some(_) => problem = Some(format!("has more than {TOKENS_MAX} tokens")),
-                        None => problem = Some(format!("element 0, element {} is no token id", tokens.len())),
+                        Some(_) => problem = Some(format!(" has more than {TOKENS_MAX} tokens")),
+                        None => problem = Some(format!(", element {} is no token id", tokens.len())),
                     }
                 }
                 while list.next_element::<IgnoredAny>()?.is_some() {}
-                Ok(Element::Prompt(problem.map_or(Ok(Prompt::Tokens(tokens)), Err)))
+                Ok(problem.map_or(Element::Prompt(Prompt::Tokens(tokens)), Element::Wrong))
             }
 
             fn visit_map<A: MapAccess<'de>>(self, mut object: A) -> Result<Element, A::Error> {
@@ -273,7 +294,7 @@ impl<'de> Deserialize<'de> for Element {
             }
         }
 
-        deserializer.deserialize_any(First)
+        deserializer.deserialize_any(Any)
     }
 }
 

@@ -32,39 +32,54 @@ fn null_and_absent_are_the_same_and_unknown_fields_are_ignored() {
 
 #[test]
 fn what_is_known_and_unsupported_is_refused_unless_it_changes_nothing() {
-    let harmless = r#"{"n": 1, "best_of": 1, "echo": false, "logprobs": null, "min_p": 0, "repetition_penalty": 1.0,
+    let harmless = r#"{"n": 1, "best_of": 1, "logprobs": null, "tools": [], "tool_choice": "none", "min_p": 0, "repetition_penalty": 1.0,
         "stop_token_ids": [], "suffix": null, "use_beam_search": false}"#;
     fields(harmless).refuse_unsupported().unwrap();
     for (body, name) in [
-        (r#"{"n": 2}"#, "n"),
         (r#"{"best_of": 4}"#, "best_of"),
-        (r#"{"echo": true}"#, "echo"),
+        (r#"{"best_of": 1, "n": 2}"#, "best_of"),
         (r#"{"suffix": ""}"#, "suffix"),
-        (r#"{"response_format": {"type": "json_object"}}"#, "response_format"),
+        (r#"{"tools": [{}]}"#, "tools"),
+        (r#"{"tool_choice": "auto"}"#, "tool_choice"),
         (r#"{"stop_token_ids": [1]}"#, "stop_token_ids"),
         (r#"{"priority": "high"}"#, "priority"),
     ] {
         let failure = fields(body).refuse_unsupported().unwrap_err();
         assert_eq!(param(failure), ("unsupported_parameter", name.into()), "{body}");
     }
+    fields(r#"{"n": 2, "best_of": 2}"#).refuse_unsupported().unwrap();
     assert_eq!(param(fields(r#"{"n": "two"}"#).refuse_unsupported().unwrap_err()).0, "invalid_value");
 }
 
 #[test]
-fn prompts_are_one_text_or_one_list_of_tokens() {
+fn prompts_are_texts_or_lists_of_tokens() {
     let prompt = |json: &str| fields(&format!("{{\"prompt\": {json}}}")).prompt.value("prompt");
-    assert_eq!(prompt(r#""hi""#).unwrap(), Some(Prompt::Text("hi".into())));
-    assert_eq!(prompt(r#"["hi"]"#).unwrap(), Some(Prompt::Text("hi".into())));
-    assert_eq!(prompt("[1, 2]").unwrap(), Some(Prompt::Tokens(vec![1, 2])));
-    assert_eq!(prompt("[[1, 2]]").unwrap(), Some(Prompt::Tokens(vec![1, 2])));
-    assert_eq!(prompt(r#"["a", "b"]"#).unwrap(), Some(Prompt::Several));
-    assert_eq!(prompt("[[1], [2]]").unwrap(), Some(Prompt::Several));
-    for wrong in
-        ["[]", "[-1]", "[1, -1]", "[1.5]", "[1, \"a\"]", "[[1, {}]]", "[null]", "[{\"a\": 1}]", "7", "true", "{}"]
-    {
+    let (text, tokens) = (|text: &str| Prompt::Text(text.into()), |tokens: &[u32]| Prompt::Tokens(tokens.to_vec()));
+    assert_eq!(prompt(r#""hi""#).unwrap(), Some(Prompts(vec![text("hi")])));
+    assert_eq!(prompt(r#"["hi"]"#).unwrap(), Some(Prompts(vec![text("hi")])));
+    assert_eq!(prompt("[1, 2]").unwrap(), Some(Prompts(vec![tokens(&[1, 2])])));
+    assert_eq!(prompt("[[1, 2]]").unwrap(), Some(Prompts(vec![tokens(&[1, 2])])));
+    assert_eq!(prompt(r#"["a", "b"]"#).unwrap(), Some(Prompts(vec![text("a"), text("b")])));
+    assert_eq!(prompt(r#"[[1], "b"]"#).unwrap(), Some(Prompts(vec![tokens(&[1]), text("b")])));
+    for wrong in [
+        "[]",
+        "[-1]",
+        "[1, -1]",
+        "[\"a\", 1]",
+        "[1.5]",
+        "[1, \"a\"]",
+        "[[1, {}]]",
+        "[null]",
+        "[{\"a\": 1}]",
+        "7",
+        "true",
+        "{}",
+    ] {
         assert_eq!(param(prompt(wrong).unwrap_err()), ("invalid_value", "prompt".into()), "{wrong}");
     }
-    assert_eq!(prompt("[4294967295]").unwrap(), Some(Prompt::Tokens(vec![u32::MAX])));
+    assert_eq!(prompt("[4294967295]").unwrap(), Some(Prompts(vec![tokens(&[u32::MAX])])));
+    let many = |count: usize| format!("[{}]", vec!["\"a\""; count].join(","));
+    assert!(prompt(&many(128)).is_ok() && prompt(&many(129)).is_err());
     assert!(prompt("[4294967296]").is_err());
 }
 

@@ -21,7 +21,6 @@ fn manifest(context_length: usize) -> Manifest {
         output_width: 0,
         bos: None,
         eos: vec![EOS],
-        chat_template: None,
         root: [0; 32],
         layer_costs: vec![],
     }

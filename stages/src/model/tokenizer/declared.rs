@@ -54,7 +54,7 @@ enum Kind {
 pub(super) struct Added {
     pub(super) id: u32,
     pub(super) content: String,
-    special: bool,
+    pub(super) special: bool,
 }
 
 #[derive(Deserialize)]

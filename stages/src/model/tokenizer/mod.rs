@@ -41,6 +41,8 @@ struct Shared {
     ends: Vec<u32>,
     /// What goes around every text.
     affixes: Affixes,
+    /// The strings of special tokens.
+    specials: Vec<String>,
 }
 
 /// Why a `tokenizer.json` cannot be used. Every variant says where in the file.
@@ -152,7 +154,9 @@ impl Tokenizer {
             }
         }
         let (bytes, ends) = byte_table(&meanings, vocabulary);
-        Ok(Self { shared: Arc::new(Shared { inner, bytes, ends, affixes }), tokens_max: None })
+        let specials = declared.added_tokens.iter().filter(|token| token.special);
+        let specials = specials.map(|token| token.content.clone()).collect();
+        Ok(Self { shared: Arc::new(Shared { inner, bytes, ends, affixes, specials }), tokens_max: None })
     }
 
     /// The same tokenizer, cutting what a text has beyond so many tokens. What goes around a text stays.
@@ -174,16 +178,25 @@ impl Tokenizer {
     ///
     /// [`EncodeError`].
     pub fn encode(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
+        let Affixes { before, after } = &self.shared.affixes;
+        let ids = self.encode_bare(text)?;
+        let room = self.tokens_max.map_or(ids.len(), |max| max.saturating_sub(before.len() + after.len()));
+        Ok([before, ids.get(..room).unwrap_or(&ids), after].concat())
+    }
+
+    /// The ids of a text, with nothing around them.
+    ///
+    /// # Errors
+    ///
+    /// [`EncodeError`].
+    pub fn encode_bare(&self, text: &str) -> Result<Vec<u32>, EncodeError> {
         if text.len() > TEXT_BYTES_MAX {
             return Err(EncodeError::TooLong { found: text.len() });
         }
         let encoding = guarded(|| self.shared.inner.encode_fast(text, false))
             .map_err(|panic| EncodeError::Failed { problem: panic.to_owned() })?
             .map_err(|error| EncodeError::Failed { problem: error.to_string() })?;
-        let Affixes { before, after } = &self.shared.affixes;
-        let ids = encoding.get_ids();
-        let room = self.tokens_max.map_or(ids.len(), |max| max.saturating_sub(before.len() + after.len()));
-        Ok([before, ids.get(..room).unwrap_or(ids), after].concat())
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// The exact bytes of a token: possibly not UTF-8 on its own, empty for special tokens and unknown ids.
@@ -196,6 +209,25 @@ impl Tokenizer {
             (Some(start), Some(end)) => self.shared.bytes.get(start..end).unwrap_or_default(),
             _ => &[],
         }
+    }
+
+    /// The text of tokens, special ones written out, with U+FFFD for bytes that are no UTF-8.
+    #[must_use]
+    pub fn decode(&self, tokens: &[u32]) -> String {
+        let mut bytes = Vec::new();
+        for token in tokens {
+            match self.special_text(*token) {
+                Some(text) => bytes.extend_from_slice(text.as_bytes()),
+                None => bytes.extend_from_slice(self.token_bytes(*token)),
+            }
+        }
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+
+    /// How the file writes its special tokens. Where a text has one of these, encoding gives that token.
+    #[must_use]
+    pub fn special_texts(&self) -> &[String] {
+        &self.shared.specials
     }
 
     /// How the file writes a token that has no bytes of its own: a special one.

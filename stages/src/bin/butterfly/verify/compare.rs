@@ -2,8 +2,9 @@
 //! it has no digest of its own. A field that was certified and differs is a fault; a field that is not compared is listed.
 
 use base64ct::{Base64, Encoding};
+use butterfly::model::{Message, Messages};
 use butterfly_verify::{Answer, Finish, Input, Mode, Request};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::{Fault, quoted};
 
@@ -16,15 +17,19 @@ pub(super) struct Comparison {
 }
 
 impl Comparison {
-    /// A body of `POST /inference`, `POST /v1/completions` or `POST /v1/embeddings` against the resolved request.
+    /// A body of `POST /inference`, `/v1/chat/completions`, `/v1/completions` or `/v1/embeddings` against the resolved request.
     pub(super) fn request(&mut self, body: &Value, request: &Request) -> Result<(), Fault> {
         let Some(fields) = body.as_object() else { return Ok(()) };
         let params = &request.params;
         for (name, sent) in fields.iter().filter(|(_, sent)| !sent.is_null()) {
             let certified = match name.as_str() {
-                "prompt" | "text" | "input" => self.same_input(name, sent, &request.input)?,
+                "prompt" | "text" | "input" | "messages" => self.same_input(name, sent, &request.input)?,
                 "model" => Some((sent.as_str() == Some(&*request.model), quoted(&request.model))),
-                "max_tokens" => Some((sent.as_u64() == Some(params.max_tokens.into()), params.max_tokens.to_string())),
+                // The newer of two names for one thing goes before the older.
+                "max_tokens" if fields.get("max_completion_tokens").is_some_and(|newer| !newer.is_null()) => None,
+                "max_tokens" | "max_completion_tokens" => {
+                    Some((sent.as_u64() == Some(params.max_tokens.into()), params.max_tokens.to_string()))
+                }
                 "temperature" => Some(same_float(sent, params.temperature)),
                 "top_p" => Some(same_float(sent, params.top_p)),
                 // -1 is another way to say that every token is a candidate.
@@ -33,6 +38,8 @@ impl Comparison {
                 }
                 "presence_penalty" => Some(same_float(sent, params.presence_penalty)),
                 "frequency_penalty" => Some(same_float(sent, params.frequency_penalty)),
+                "logprobs" | "top_logprobs" => Some(same_logprobs(fields, params.logprobs)),
+                "n" => Some((sent.as_u64() > Some(params.choice.into()), format!("choice {}", params.choice))),
                 "ignore_eos" => Some((sent.as_bool() == Some(params.ignore_eos), params.ignore_eos.to_string())),
                 "logit_bias" => Some((same_bias(sent, &params.logit_bias), format!("{:?}", params.logit_bias))),
                 "stop" => Some((same_stop(sent, &params.stop), format!("{:?}", params.stop))),
@@ -48,6 +55,7 @@ impl Comparison {
     fn same_input(&self, name: &str, sent: &Value, input: &Input) -> Result<Option<(bool, String)>, Fault> {
         let same = match input {
             Input::Text { prompt, .. } => is_or_contains(sent, |value| value.as_str() == Some(prompt)),
+            Input::Chat { messages, .. } => same_messages(sent, messages),
             Input::Tokens { tokens } => {
                 same_tokens(sent, tokens)
                     || sent.as_array().is_some_and(|all| all.iter().any(|one| same_tokens(one, tokens)))
@@ -56,6 +64,7 @@ impl Comparison {
         };
         let certified = match input {
             Input::Text { prompt, .. } => quoted(prompt),
+            Input::Chat { messages, .. } => quoted(messages),
             Input::Tokens { tokens } => format!("{} tokens", tokens.len()),
             Input::Vector { values } => format!("a vector of {}", values.len()),
         };
@@ -65,7 +74,7 @@ impl Comparison {
         Ok(Some((same, certified)))
     }
 
-    /// A response of either route against the answer.
+    /// A response of any of these against the answer.
     pub(super) fn response(&mut self, body: &Value, answer: &Answer, request: Option<&Request>) -> Result<(), Fault> {
         if let Some(error) = body.get("error") {
             let message = error.get("message").and_then(Value::as_str).unwrap_or("no message");
@@ -73,8 +82,14 @@ impl Comparison {
         }
         match (answer, body.get("choices")) {
             (Answer::Text { choice, .. }, Some(choices)) => {
-                let wanted = |one: &&Value| one.get("index").and_then(Value::as_u64).unwrap_or(0) == u64::from(*choice);
-                let one = choices.as_array().into_iter().flatten().find(wanted);
+                let rd = request.map(|request| request.digest().to_string());
+                let own = |one: &&Value| {
+                    rd.is_some() && one.pointer("/butterfly/receipt_id").and_then(Value::as_str) == rd.as_deref()
+                };
+                // Of several prompts' choices each names its receipt; those of one prompt may be told by their place.
+                let placed = |one: &&Value| one.get("index").and_then(Value::as_u64).unwrap_or(0) == u64::from(*choice);
+                let all = || choices.as_array().into_iter().flatten();
+                let one = all().find(own).or_else(|| all().find(placed));
                 let one = one.ok_or_else(|| Fault::new("response: choices", format!("there is no choice {choice}")))?;
                 self.text(one, answer, request)?;
             }
@@ -84,7 +99,8 @@ impl Comparison {
         if !self.compared.iter().any(|field| field.starts_with("response.")) {
             return Err(Fault::new("response", "it has nothing of the answer in it"));
         }
-        if let Some(usage) = body.get("usage") {
+        let is_one = body.get("choices").and_then(Value::as_array).is_none_or(|choices| choices.len() == 1);
+        if let Some(usage) = body.get("usage").filter(|_| is_one) {
             self.usage(usage, answer)?;
         }
         if let Some(request) = request {
@@ -120,6 +136,11 @@ impl Comparison {
         let Some(fields) = body.as_object() else { return Ok(()) };
         for (name, received) in fields.iter().filter(|(_, received)| !received.is_null()) {
             let certified = match (name.as_str(), answer) {
+                ("message", Answer::Text { text, .. }) => {
+                    let text = String::from_utf8_lossy(text);
+                    let content = received.get("content").and_then(Value::as_str);
+                    Some((content == Some(&*text), quoted(&text)))
+                }
                 ("text", Answer::Text { text, .. }) => {
                     let text = String::from_utf8_lossy(text);
                     Some((received.as_str() == Some(&*text), quoted(&text)))
@@ -137,7 +158,7 @@ impl Comparison {
                 ("output", Answer::Vector { values }) => {
                     Some((same_floats(received, values), format!("a vector of {}", values.len())))
                 }
-                ("text" | "finish_reason" | "token_ids" | "output", _) => {
+                ("text" | "message" | "finish_reason" | "token_ids" | "output", _) => {
                     Some((false, "an answer of another kind".to_owned()))
                 }
                 // These are looked at on their own.
@@ -198,7 +219,7 @@ impl Comparison {
 }
 
 fn is_input(field: &str) -> bool {
-    matches!(field, "prompt" | "text" | "input")
+    matches!(field, "prompt" | "text" | "input" | "messages")
 }
 
 fn finish_reason(finish: Finish) -> &'static str {
@@ -234,6 +255,43 @@ fn same_tokens(given: &Value, certified: &[u32]) -> bool {
         given.len() == certified.len()
             && given.iter().zip(certified).all(|(given, certified)| given.as_u64() == Some(u64::from(*certified)))
     })
+}
+
+/// The client's messages as the gateway understood them: parts of text joined, nothing said for null.
+fn same_messages(sent: &Value, certified: &str) -> bool {
+    let Ok(certified) = Messages::from_json(certified) else { return false };
+    let Some(sent) = sent.as_array() else { return false };
+    let content = |message: &Value| -> Option<String> {
+        match message.get("content") {
+            None | Some(Value::Null) => Some(String::new()),
+            Some(Value::String(text)) => Some(text.clone()),
+            Some(Value::Array(parts)) => {
+                parts.iter().map(|part| part.as_str().or_else(|| part.get("text")?.as_str())).collect()
+            }
+            Some(_) => None,
+        }
+    };
+    let text = |message: &Value, name: &str| message.get(name).and_then(Value::as_str).map(str::to_owned);
+    let plain = sent.iter().map(|message| {
+        Some(Message {
+            role: serde_json::from_value(message.get("role")?.clone()).ok()?,
+            content: content(message)?,
+            name: text(message, "name"),
+            tool_call_id: text(message, "tool_call_id"),
+        })
+    });
+    plain.collect::<Option<Vec<_>>>().and_then(|plain| Messages::new(plain).ok()) == Some(certified)
+}
+
+/// Chats say whether, and of how many; completions say of how many.
+fn same_logprobs(fields: &Map<String, Value>, certified: Option<u8>) -> (bool, String) {
+    let top = fields.get("top_logprobs").and_then(Value::as_u64);
+    let wanted = match fields.get("logprobs") {
+        Some(Value::Bool(true)) => Some(top.unwrap_or(0)),
+        Some(count) => count.as_u64(),
+        None => None,
+    };
+    (wanted == certified.map(u64::from), format!("{certified:?}"))
 }
 
 fn same_bias(sent: &Value, certified: &[(u32, f32)]) -> bool {
