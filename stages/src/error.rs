@@ -124,9 +124,12 @@ pub enum ButterflyError {
     /// The network.
     #[error(transparent)]
     Network(#[from] NetworkError),
-    /// The request ran out of time without progress.
-    #[error("no progress for {} s", .0.as_secs())]
+    /// The request was not answered in the time it had.
+    #[error("not answered within the {} s that the request had", .0.as_secs_f64())]
     DeadlineExceeded(Duration),
+    /// The request stood still.
+    #[error("no progress for {} s", .0.as_secs())]
+    NoProgress(Duration),
     /// The forward pass left the numbers: NaN or infinity.
     #[error("the model's arithmetic left the finite numbers for this input")]
     Numeric,
@@ -156,6 +159,7 @@ impl Accountable for ButterflyError {
             Self::Api(ApiError::ServiceUnavailable(_))
             | Self::Scheduling(_)
             | Self::DeadlineExceeded(_)
+            | Self::NoProgress(_)
             | Self::Draining => Fault::Environment,
             Self::Internal(_) => Fault::Program,
         }

@@ -26,6 +26,35 @@ pub struct Request {
     pub rd: RequestId,
     /// The request with every default resolved; cheap to clone.
     pub body: butterfly_verify::Request,
+    /// How urgent it is. No part of `body`: it changes when the answer comes, not what it is.
+    pub priority: Priority,
+}
+
+/// How urgent a request is among those that wait: from 0, which goes last, to 9, which goes first.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Priority(u8);
+
+impl Priority {
+    /// The most urgent level.
+    pub const MAX: u8 = 9;
+
+    /// A level; `None` above [`Priority::MAX`].
+    #[must_use]
+    pub fn new(level: u8) -> Option<Self> {
+        (level <= Self::MAX).then_some(Self(level))
+    }
+
+    /// The level.
+    #[must_use]
+    pub fn level(self) -> u8 {
+        self.0
+    }
+}
+
+impl Default for Priority {
+    fn default() -> Self {
+        Self(5)
+    }
 }
 
 /// A request with the plan that will run it: partition → assign.
@@ -190,7 +219,8 @@ pub enum Decided {
 /// A request without its input, about.
 const REQUEST_BYTES: usize = 512;
 
-fn request_bytes(request: &butterfly_verify::Request) -> usize {
+/// What a request weighs.
+pub(crate) fn request_bytes(request: &butterfly_verify::Request) -> usize {
     let input = match &request.input {
         Input::Text { prompt: text, tokens } | Input::Chat { messages: text, tokens } => {
             text.len() + size_of_val(tokens.as_slice())

@@ -25,7 +25,7 @@ use tokio_util::task::AbortOnDropHandle;
 use crate::admin::{Admin, AdminError, Serving};
 use crate::commit::{Journal, JournalError, TaskKind};
 use crate::error::PartitionError;
-use crate::ingest::Board;
+use crate::ingest::{Board, Room};
 use crate::model::{Model, ModelError, PackedWeights};
 use crate::partition::{PlanKey, Planner, Question, nodes_digest};
 use crate::registry::registry;
@@ -266,7 +266,8 @@ impl Node {
         std::fs::create_dir_all(&data_dir).map_err(|source| NodeError::DataDir { path: data_dir.clone(), source })?;
         foundation.model.keep_packed(PackedWeights::new(data_dir.join("packed")));
         let journal = Journal::open(&data_dir.join(log_name(&topology)))?;
-        let board = Arc::new(Board::new(Arc::clone(&journal), Arc::clone(&telemetry), Arc::clone(&clock)));
+        let board =
+            Arc::new(Board::new(Arc::clone(&journal), Arc::clone(&telemetry), Arc::clone(&clock), Room::of(&topology)));
         let epoch = Arc::clone(&foundation.epoch);
         let index = epoch.index_of(node.as_ref()).ok_or_else(|| unknown(&topology, &node))?;
         let signer = Arc::new(butterfly_verify::Signer::new(identity.clone(), index, &epoch)?);

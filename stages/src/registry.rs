@@ -11,7 +11,7 @@ use butterfly_engine::stage::Stage;
 use butterfly_topology::StageConfig;
 use butterfly_topology::catalogue::{Catalogue, KeySpec, KindSignature, PortSpec, ValueSpec, WhenFull};
 
-use crate::assign::AssignStage;
+use crate::assign::{AssignStage, Policy};
 use crate::commit::CommitStage;
 use crate::compute::ComputeStage;
 use crate::consensus::ConsensusStage;
@@ -90,7 +90,7 @@ pub const INGEST: KindSignature = KindSignature {
         ),
     ],
     networked: false,
-    full: &[WhenFull::Reject, WhenFull::Wait],
+    full: &[WhenFull::Wait, WhenFull::Reject],
 };
 
 /// Signature of the partition stage.
@@ -119,8 +119,19 @@ pub const ASSIGN: KindSignature = KindSignature {
     inputs: &[port("planned", "Planned")],
     outputs: &[port("assigned", "Assigned")],
     keys: &[
-        key("scheduler_type", "queue policy", ValueSpec::Choice(&["fifo"]), Some("fifo")),
+        key(
+            "scheduler_type",
+            "who goes next: the first, the most urgent (priority 0 to 9; waiting raises it), or clients in turn",
+            ValueSpec::Choice(&Policy::NAMES),
+            Some("fifo"),
+        ),
         key("max_queue_size", "requests that may wait", ValueSpec::Integer { min: 1, max: 1_000_000 }, Some("1000")),
+        key(
+            "max_queue_bytes",
+            "bytes of requests that may wait and run",
+            ValueSpec::Bytes { min: 1 << 20, max: 1 << 40 },
+            Some("256 MiB"),
+        ),
         key("max_in_flight", "requests that run at once", ValueSpec::Integer { min: 1, max: 65_536 }, Some("64")),
     ],
     networked: false,
@@ -240,7 +251,8 @@ pub fn registry(services: &Services, question: &Arc<Question>, planner: &Arc<Pla
                 Ok(AssignStage {
                     input: build.ports.input("planned")?,
                     output: build.ports.output("assigned")?,
-                    queue_max: count(&build.spec.config, "max_queue_size"),
+                    policy: Policy::named(build.spec.config.text("scheduler_type")),
+                    admitted_max: services.board.room().tasks_max,
                     in_flight_max: count(&build.spec.config, "max_in_flight"),
                     services,
                 })

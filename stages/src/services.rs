@@ -61,6 +61,12 @@ pub struct Services {
 }
 
 impl Services {
+    /// Whether work may be expected of a node: it is this one or up, and not excluded.
+    #[must_use]
+    pub fn is_useful(&self, node: &NodeId, peers: &BTreeMap<NodeId, PeerState>) -> bool {
+        *node == self.node || matches!(peers.get(node), Some(PeerState::Up { .. }))
+    }
+
     /// The node at a place of the roster.
     #[must_use]
     pub fn node_id(&self, index: NodeIndex) -> Option<NodeId> {

@@ -329,6 +329,8 @@ async fn a_full_queue_says_so_at_once_and_writes_nothing() {
         // One runs, two wait in the queue, the edges hold 257 and what is on its way between them; and some may have ended.
         assert!(accepted <= 400, "nothing bounds the queue");
     };
+    assert_eq!(accepted, 3, "one runs and two wait");
+    assert!(refused.json()["error"]["message"].as_str().unwrap().contains("2 requests wait"));
     assert_eq!((refused.status, refused.code().as_str()), (429, "queue_full"));
     let seconds: u64 = refused.header("retry-after").parse().unwrap();
     assert!((1..=120).contains(&seconds));
@@ -342,6 +344,44 @@ async fn a_full_queue_says_so_at_once_and_writes_nothing() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn the_most_urgent_request_goes_first() {
+    let settings = [("assign", "max_in_flight = 1\nscheduler_type = \"priority\"")];
+    let gateway = gateway(&settings).await;
+    let address = gateway.address;
+    assert_eq!(post(address, "/inference", long("runs")).await.status, 202);
+    for (task, priority) in [("low", 0), ("high", 9), ("usual", 5)] {
+        let mut body = long(task);
+        match task {
+            "high" => body["butterfly"] = json!({ "priority": priority }),
+            _ => body["priority"] = json!(priority),
+        }
+        assert_eq!(post(address, "/inference", body).await.status, 202);
+    }
+    // What waits is shown.
+    until_metric(&gateway, "butterfly_tasks_waiting 3").await;
+    until_metric(&gateway, "butterfly_tasks_running 1").await;
+    for (ends, next) in [("runs", "high"), ("high", "usual"), ("usual", "low")] {
+        send(address, "DELETE", &format!("/v1/requests/{ends}"), &[], "").await;
+        loop {
+            let task = get(address, &format!("/inference/{next}")).await.json();
+            if task["status"] == "running" {
+                break;
+            }
+            assert_eq!(task["status"], "queued", "{task}");
+        }
+    }
+    let mut body = long("unknown");
+    body["priority"] = json!(10);
+    let refused = post(address, "/inference", body).await;
+    assert_eq!((refused.status, refused.code().as_str()), (400, "invalid_value"));
+    let completion = json!({ "prompt": "x", "priority": 1 });
+    let refused = post(address, "/v1/completions", completion).await;
+    assert_eq!((refused.status, refused.code().as_str()), (400, "unsupported_parameter"), "another scale elsewhere");
+    send(address, "DELETE", "/v1/requests/low", &[], "").await;
+    gateway.cluster.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn a_deadline_ends_what_waits() {
     let gateway = gateway(&[("assign", "max_in_flight = 1")]).await;
     assert_eq!(post(gateway.address, "/inference", long("runs")).await.status, 202);
@@ -350,6 +390,7 @@ async fn a_deadline_ends_what_waits() {
     hurried["butterfly"] = json!({ "deadline_ms": 1 });
     let late = post(gateway.address, "/inference", hurried).await;
     assert_eq!((late.status, late.code().as_str()), (504, "deadline_exceeded"));
+    assert!(late.json()["error"]["message"].as_str().unwrap().contains("0.001 s"));
     assert_eq!(late.header("x-should-retry"), "false");
     send(gateway.address, "DELETE", "/v1/requests/runs", &[], "").await;
     gateway.cluster.shutdown().await.unwrap();

@@ -1,23 +1,31 @@
 //! The assign stage: who waits, who runs.
 //!
-//! Requests wait in one bounded queue, first in, first out, and run when one of `max_in_flight` permits is free. The permit
-//! belongs to the task on the board and returns when the task settles, however it ends. A request is let through only
-//! when every slice has f+1 live replicas; otherwise it fails at once with what is missing, because waiting would only
-//! hide it.
+//! Requests wait in one [`queue`] and run when one of `max_in_flight` permits is free. The permit belongs to the task on the
+//! board and returns when the task settles, however it ends. A request is let through only when every slice has f+1 live
+//! replicas that are not excluded; otherwise it fails at once with what is missing, because waiting would only hide it. One
+//! whose deadline has passed fails and is never computed.
+//!
+//! How many may wait is decided where they come in: the board admits what may wait and run, and not one more. What waits
+//! here is therefore bounded; those that ended while they waited are swept out before they fill the queue.
 
-use std::collections::{BTreeMap, VecDeque};
+pub(crate) mod queue;
+
+use std::collections::BTreeMap;
 use std::sync::Arc;
+use std::time::Duration;
 
-use butterfly_engine::channel::{Receiver, Sender};
+use butterfly_engine::channel::{Item, Receiver, Sender};
 use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::transport::PeerState;
 use butterfly_topology::NodeId;
-use butterfly_topology::plan::Plan;
+use butterfly_verify::{Input, Request};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use crate::error::SchedulingError;
+pub use crate::assign::queue::Policy;
+use crate::assign::queue::{Queue, Ticket};
+use crate::error::{SchedulingError, TaskError};
 use crate::items::{Assigned, Planned};
 use crate::services::Services;
 
@@ -27,8 +35,10 @@ pub struct AssignStage {
     pub input: Receiver<Planned>,
     /// Requests that may run, out.
     pub output: Sender<Assigned>,
-    /// Requests that may wait here.
-    pub queue_max: usize,
+    /// Who goes next.
+    pub policy: Policy,
+    /// Requests that the board lets wait and run at once.
+    pub admitted_max: usize,
     /// Requests that run at once.
     pub in_flight_max: usize,
     /// The node's shared things.
@@ -39,18 +49,25 @@ impl Stage for AssignStage {
     fn run(mut self: Box<Self>, context: StageContext) -> BoxFuture<'static, Result<(), StageError>> {
         async move {
             let permits = Arc::new(Semaphore::new(self.in_flight_max));
-            let mut queue: VecDeque<Planned> = VecDeque::new();
+            let mut queue: Queue<Planned> = Queue::new(self.policy);
+            // What has a permit and waits for room below; meanwhile requests are taken in all the same.
+            let mut next: Option<Assigned> = None;
             let mut open = true;
             context.ready();
-            while open || !queue.is_empty() {
+            while open || !queue.is_empty() || next.is_some() {
+                let bytes = next.as_ref().map_or(0, Item::size_bytes);
                 tokio::select! {
-                    planned = self.input.recv(), if open && queue.len() < self.queue_max => match planned {
-                        Some(planned) => queue.push_back(planned),
+                    planned = self.input.recv(), if open => match planned {
+                        Some(planned) => self.wait(&mut queue, planned),
                         None => open = false,
                     },
-                    permit = Arc::clone(&permits).acquire_owned(), if !queue.is_empty() => {
-                        let (Ok(permit), Some(planned)) = (permit, queue.pop_front()) else { break };
-                        if !self.admit(planned, permit).await {
+                    permit = Arc::clone(&permits).acquire_owned(), if next.is_none() && !queue.is_empty() => {
+                        let Ok(permit) = permit else { break };
+                        next = self.next(&mut queue, permit).await;
+                    }
+                    room = self.output.reserve(bytes), if next.is_some() => {
+                        let (Ok(room), Some(assigned)) = (room, next.take()) else { break };
+                        if room.send(assigned).is_err() {
                             break;
                         }
                     }
@@ -64,37 +81,64 @@ impl Stage for AssignStage {
 }
 
 impl AssignStage {
-    /// Lets one request run. Returns false when the stage below is gone.
-    async fn admit(&self, planned: Planned, permit: OwnedSemaphorePermit) -> bool {
-        let Planned { request, plan } = planned;
-        if !self.services.board.is_living(&request.rd) {
-            return true;
+    fn wait(&self, queue: &mut Queue<Planned>, planned: Planned) {
+        // No more than `admitted_max` live, so at least half of a queue twice as long have ended.
+        if queue.len() >= self.admitted_max.saturating_mul(2) {
+            queue.retain(|planned| self.services.board.is_living(&planned.request.rd));
         }
-        let live = self.services.peers.borrow().clone();
-        if let Err(error) = readiness(&plan, &live, &self.services.node, self.services.topology.cluster.max_byzantine) {
-            self.services.board.fail(&request.rd, error.into()).await;
-            return true;
+        let body = &planned.request.body;
+        let ticket = Ticket {
+            client: body.client.clone(),
+            priority: planned.request.priority,
+            deadline_ms: body.expires_ms,
+            work: work(body),
+        };
+        queue.push(ticket, planned);
+    }
+
+    /// The next request that may run, with its permit given to it.
+    async fn next(&self, queue: &mut Queue<Planned>, permit: OwnedSemaphorePermit) -> Option<Assigned> {
+        let board = &self.services.board;
+        while let Some(Planned { request, plan }) = queue.pop() {
+            if !board.is_living(&request.rd) {
+                continue;
+            }
+            let had_ms = request.body.expires_ms.saturating_sub(request.body.now_ms);
+            if self.services.clock.unix_ms() >= request.body.expires_ms {
+                board.fail(&request.rd, TaskError::DeadlineExceeded(Duration::from_millis(had_ms))).await;
+                continue;
+            }
+            let ready = readiness(&self.services, &self.services.peers.borrow());
+            if let Err(error) = ready {
+                board.fail(&request.rd, error.into()).await;
+                continue;
+            }
+            board.running(&request.rd, Box::new(permit));
+            let attempt = board.attempt(&request.rd);
+            return Some(Assigned { request, plan, attempt });
         }
-        self.services.board.running(&request.rd, Box::new(permit));
-        let attempt = self.services.board.attempt(&request.rd);
-        self.output.send(Assigned { request, plan, attempt }).await.is_ok()
+        None
     }
 }
 
-/// Whether every slice has f+1 live replicas.
+/// What a request costs, in tokens: those it has and those it may get.
+fn work(request: &Request) -> u64 {
+    match &request.input {
+        Input::Text { tokens, .. } | Input::Tokens { tokens } => {
+            (tokens.len() as u64).saturating_add(u64::from(request.params.max_tokens))
+        }
+        Input::Vector { .. } => 1,
+    }
+}
+
+/// Whether every slice has f+1 replicas that are live and not excluded.
 ///
 /// # Errors
 /// Names the first slice that has not.
-pub fn readiness(
-    plan: &Plan,
-    peers: &BTreeMap<NodeId, PeerState>,
-    own: &NodeId,
-    max_byzantine: usize,
-) -> Result<(), SchedulingError> {
-    let needed = max_byzantine + 1;
-    for (slice, held) in plan.slices.iter().enumerate() {
-        let is_live = |node: &&NodeId| *node == own || matches!(peers.get(*node), Some(PeerState::Up { .. }));
-        let live = held.replicas.iter().filter(is_live).count();
+pub fn readiness(services: &Services, peers: &BTreeMap<NodeId, PeerState>) -> Result<(), SchedulingError> {
+    let needed = services.topology.cluster.max_byzantine + 1;
+    for (slice, held) in services.plan.slices.iter().enumerate() {
+        let live = held.replicas.iter().filter(|node| services.is_useful(node, peers)).count();
         if live < needed {
             return Err(SchedulingError::CoordinationUnavailable { slice, live, needed });
         }

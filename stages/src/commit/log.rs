@@ -22,7 +22,7 @@ use super::record::{self, Accepted, Open, Outcome, Record, RetryKey, Settled};
 use crate::items::RequestId;
 
 /// Version of the layout below. A log of another version is refused.
-const VERSION: u64 = 1;
+const VERSION: u64 = 2;
 /// Memory for cached pages, in bytes.
 const CACHE_BYTES: usize = 32 << 20;
 /// Longest task id, in bytes.

@@ -1,11 +1,11 @@
 //! What the log keeps of a request, and its bytes.
 //!
-//! Layout, little-endian. Accepted: rd (32), kind (1), accepted_ms (8), client (length 2, bytes), task id (length 2,
+//! Layout, little-endian. Accepted: rd (32), kind (1), priority (1), accepted_ms (8), client (length 2, bytes), task id (length 2,
 //! bytes), request (the rest). Outcome: 0, receipt (length 4, bytes), answer (the rest); or 1, error (the rest).
 //!
 //! It refuses to know what receipt, answer and error say.
 
-use crate::items::RequestId;
+use crate::items::{Priority, RequestId};
 
 /// Which route a task came by; a label of metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,6 +54,8 @@ pub struct Accepted {
     pub rd: RequestId,
     /// The route it came by.
     pub kind: TaskKind,
+    /// How urgent it is.
+    pub priority: Priority,
     /// When it was accepted, in milliseconds since 1970.
     pub accepted_ms: u64,
     /// Who asked, as the gateway knows them; task ids of different clients do not meet.
@@ -138,7 +140,7 @@ pub struct Record {
 pub(super) struct Malformed(&'static str);
 
 pub(super) fn write_accepted(accepted: &Accepted) -> Vec<u8> {
-    let mut bytes = Vec::with_capacity(45 + accepted.size_bytes());
+    let mut bytes = Vec::with_capacity(46 + accepted.size_bytes());
     bytes.extend_from_slice(accepted.rd.as_bytes());
     bytes.push(match accepted.kind {
         TaskKind::Inference => 0,
@@ -146,6 +148,7 @@ pub(super) fn write_accepted(accepted: &Accepted) -> Vec<u8> {
         TaskKind::Embedding => 2,
         TaskKind::Chat => 3,
     });
+    bytes.push(accepted.priority.level());
     bytes.extend_from_slice(&accepted.accepted_ms.to_le_bytes());
     for text in [&accepted.client, &accepted.task_id] {
         // Both are bounded far below; a longer one would be cut at a character, never written wrongly.
@@ -167,10 +170,12 @@ pub(super) fn read_accepted(bytes: &[u8]) -> Result<Accepted, Malformed> {
         [3] => TaskKind::Chat,
         _ => return Err(Malformed("kind")),
     };
+    let [level] = array::<1>(&mut rest, "priority")?;
+    let priority = Priority::new(level).ok_or(Malformed("priority"))?;
     let accepted_ms = u64::from_le_bytes(array(&mut rest, "time")?);
     let client = text(&mut rest, "client")?;
     let task_id = text(&mut rest, "task id")?;
-    Ok(Accepted { rd, kind, accepted_ms, client, task_id, request: rest.to_vec() })
+    Ok(Accepted { rd, kind, priority, accepted_ms, client, task_id, request: rest.to_vec() })
 }
 
 pub(super) fn write_outcome(outcome: &Outcome) -> Vec<u8> {
@@ -226,6 +231,7 @@ mod tests {
         Accepted {
             rd: RequestId::from([7; 32]),
             kind: TaskKind::Completion,
+            priority: Priority::default(),
             accepted_ms: 1_700_000_000_000,
             client: "lab".to_owned(),
             task_id: "übung-1".to_owned(),

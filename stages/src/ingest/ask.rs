@@ -10,6 +10,7 @@ use sha2::{Digest as _, Sha256};
 
 use super::errors::Failure;
 use super::fields::{self, Fields, List, Options, Prompt, Prompts, Setting, unsupported};
+use crate::items::Priority;
 use crate::model::{Architecture, Manifest, Messages};
 
 /// Tokens that a completion has at most when the client does not say.
@@ -53,6 +54,8 @@ pub(super) struct Ask {
     pub deadline_ms: u64,
     /// What makes the request another one than those like it, if the client says so.
     pub nonce: Option<[u8; 32]>,
+    /// How urgent it is, if the client says so.
+    pub priority: Option<Priority>,
 }
 
 /// What a route lays down for its fields.
@@ -113,7 +116,7 @@ impl Ask {
         let max_tokens =
             fields.integer("max_completion_tokens", counts.clone())?.or(fields.integer("max_tokens", counts)?);
         let own = take(&mut fields.butterfly).value("butterfly")?;
-        let Own { verify, deadline_ms, nonce } = own_options(own, fields.text("verify")?)?;
+        let Own { verify, deadline_ms, nonce, priority } = own_options(own, fields.text("verify")?)?;
         Ok(Self {
             field,
             input,
@@ -124,6 +127,7 @@ impl Ask {
             mode: mode(&verify, rules.mode)?,
             deadline_ms,
             nonce,
+            priority,
         })
     }
 
@@ -251,17 +255,28 @@ fn take<T>(list: &mut List<T>) -> List<T> {
     std::mem::take(list)
 }
 
+/// An integer that says how urgent a request is.
+///
+/// # Errors
+/// When it is no level.
+pub(super) fn priority(name: &str, value: Option<&Setting>) -> Result<Option<Priority>, Failure> {
+    let level = fields::integer(name, value, 0..=i64::from(Priority::MAX))?;
+    Ok(level.and_then(|level| Priority::new(u8::try_from(level).ok()?)))
+}
+
 /// The fields of `butterfly`.
 struct Own {
     verify: Verify,
     deadline_ms: u64,
     nonce: Option<[u8; 32]>,
+    priority: Option<Priority>,
 }
 
 fn own_options(own: Option<Options>, verify: Option<String>) -> Result<Own, Failure> {
     let mut options = own.map_or_else(Default::default, |own| own.0);
     let deadline =
         fields::integer("butterfly.deadline_ms", options.remove("deadline_ms").as_ref(), 1..=EXPIRY_MS_MAX as i64)?;
+    let priority = priority("butterfly.priority", options.remove("priority").as_ref())?;
     let inner = fields::text("butterfly.verify", options.remove("verify"))?;
     let nonce = fields::text("butterfly.nonce", options.remove("nonce"))?.map(|text| {
         let mut nonce = [0; 32];
@@ -273,9 +288,8 @@ fn own_options(own: Option<Options>, verify: Option<String>) -> Result<Own, Fail
     // Of our own options none is ignored: a misspelt `verify` must not pass for verification.
     if let Some((name, _)) = options.iter().find(|(_, value)| **value != Setting::Null) {
         let name: String = name.chars().take(64).collect();
-        let message = format!(
-            "butterfly.{name} is not known; there are butterfly.verify, butterfly.deadline_ms and butterfly.nonce"
-        );
+        let message =
+            format!("butterfly.{name} is not known; there are verify, deadline_ms, nonce and priority in butterfly");
         return Err(Failure::unsupported_parameter(format!("butterfly.{name}"), message));
     }
     let verify = match inner {
@@ -283,7 +297,7 @@ fn own_options(own: Option<Options>, verify: Option<String>) -> Result<Own, Fail
         None => Verify { field: "verify", asked: verify },
     };
     let deadline_ms = deadline.and_then(|ms| u64::try_from(ms).ok()).unwrap_or(EXPIRY_MS_MAX);
-    Ok(Own { verify, deadline_ms, nonce })
+    Ok(Own { verify, deadline_ms, nonce, priority })
 }
 
 fn mode(verify: &Verify, least: Mode) -> Result<Mode, Failure> {

@@ -16,6 +16,7 @@ use std::time::Duration;
 
 use butterfly_engine::clock::Clock;
 use butterfly_engine::telemetry::{Event, Mark, ModelLabel, TaskLabels, TaskStatus, Telemetry};
+use butterfly_topology::Topology;
 use butterfly_verify::{Answer, Receipt, Request};
 use tokio::sync::{Notify, mpsc, watch};
 
@@ -23,13 +24,13 @@ use super::errors::Failure;
 use super::reply::ReplySender;
 use crate::commit::{Accepted, Journal, Outcome, Settled, TaskKind};
 use crate::error::{SchedulingError, TaskError};
-use crate::items::RequestId;
 use crate::model::Sampled;
+use crate::items::{RequestId, request_bytes};
 
-/// Tasks that live at most. The queues of the graph are full before this is reached.
-pub(super) const LIVING_MAX: usize = 262_144;
 /// Clients that wait for one task at most.
 const WAITING_FOR_ONE_MAX: usize = 64;
+/// When to try again after there was no room.
+const RETRY_SOON: Duration = Duration::from_secs(1);
 /// Cancellations that wait to be sent; one more is dropped, and replicas let the request go when it expires.
 const CANCELLATIONS_WAITING_MAX: usize = 4096;
 
@@ -80,6 +81,30 @@ pub struct NewTask {
     pub sink: Option<ReplySender>,
 }
 
+/// What a gateway admits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Room {
+    /// Tasks that may wait for a permit when every permit is taken.
+    pub waiting_max: usize,
+    /// Tasks that may wait and run together.
+    pub tasks_max: usize,
+    /// Bytes of their requests together.
+    pub bytes_max: usize,
+}
+
+impl Room {
+    /// The room that a topology's assign stage gives. Without one nothing bounds the board but the graph.
+    #[must_use]
+    pub fn of(topology: &Topology) -> Self {
+        let assign = topology.graph.of_kind("assign").next();
+        let count = |key| assign.and_then(|stage| usize::try_from(stage.config.integer(key)?).ok());
+        let bytes = assign.and_then(|stage| usize::try_from(stage.config.bytes("max_queue_bytes")?).ok());
+        let waiting_max = count("max_queue_size").unwrap_or(usize::MAX);
+        let tasks_max = waiting_max.saturating_add(count("max_in_flight").unwrap_or(0));
+        Self { waiting_max, tasks_max, bytes_max: bytes.unwrap_or(usize::MAX) }
+    }
+}
+
 /// What can be told of a living task.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Status {
@@ -98,6 +123,7 @@ pub struct Board {
     journal: Arc<Journal>,
     telemetry: Arc<Telemetry>,
     clock: Arc<dyn Clock>,
+    room: Room,
     state: Mutex<State>,
     count: watch::Sender<usize>,
     abandoned: Notify,
@@ -120,6 +146,8 @@ impl CancellationReceiver {
 #[derive(Default)]
 struct State {
     tasks: BTreeMap<RequestId, Task>,
+    /// What their requests weigh.
+    bytes: usize,
     /// By client and task id: living tasks only.
     names: BTreeMap<(String, String), RequestId>,
     /// Tasks whose client has gone and whose end is not in the journal yet.
@@ -137,6 +165,7 @@ struct Task {
     /// Since when nobody waits who may come back.
     left: Option<Duration>,
     permit: Option<Box<dyn Send>>,
+    bytes: usize,
     phase: Phase,
     opened: Duration,
     moved: Duration,
@@ -161,14 +190,15 @@ impl Task {
 }
 
 impl Board {
-    /// An empty board.
+    /// An empty board that admits what there is room for.
     #[must_use]
-    pub fn new(journal: Arc<Journal>, telemetry: Arc<Telemetry>, clock: Arc<dyn Clock>) -> Self {
+    pub fn new(journal: Arc<Journal>, telemetry: Arc<Telemetry>, clock: Arc<dyn Clock>, room: Room) -> Self {
         let (cancellations, receiver) = mpsc::channel(CANCELLATIONS_WAITING_MAX);
         Self {
             journal,
             telemetry,
             clock,
+            room,
             state: Mutex::default(),
             count: watch::Sender::new(0),
             abandoned: Notify::new(),
@@ -178,21 +208,55 @@ impl Board {
         }
     }
 
-    /// Puts a task on the board.
+    /// What the board admits.
+    #[must_use]
+    pub fn room(&self) -> Room {
+        self.room
+    }
+
+    /// Whether a task whose request weighs so much would be admitted now.
     ///
     /// # Errors
-    /// When a living task of the same client has this id or this request, and when the board is full.
+    /// When it would not.
+    pub fn check_room(&self, bytes: usize) -> Result<(), SchedulingError> {
+        self.check_room_in(&self.lock(), bytes)
+    }
+
+    /// Puts a new task on the board, if there is room: exactly so many wait and run as [`Room`] says.
+    ///
+    /// # Errors
+    /// When there is no room, and when a living task of the same client has this id or this request.
+    pub fn admit(&self, task: NewTask) -> Result<(), SchedulingError> {
+        self.put(task, true)
+    }
+
+    /// Puts a task on the board that was promised an answer before, whether there is room or not.
+    ///
+    /// # Errors
+    /// When a living task of the same client has this id or this request.
     pub fn open(&self, task: NewTask) -> Result<(), SchedulingError> {
+        self.put(task, false)
+    }
+
+    fn check_room_in(&self, state: &State, bytes: usize) -> Result<(), SchedulingError> {
+        if state.tasks.len() < self.room.tasks_max && bytes <= self.room.bytes_max.saturating_sub(state.bytes) {
+            return Ok(());
+        }
+        Err(SchedulingError::QueueFull { limit: self.room.waiting_max, retry_after: RETRY_SOON })
+    }
+
+    fn put(&self, task: NewTask, is_new: bool) -> Result<(), SchedulingError> {
         let now = self.clock.now();
         let rd = task.request.digest();
+        let bytes = request_bytes(&task.request);
         let mut state = self.lock();
-        if state.tasks.len() >= LIVING_MAX {
-            return Err(SchedulingError::QueueFull { limit: LIVING_MAX, retry_after: Duration::from_secs(1) });
-        }
         let NewTask { task_id, kind, request, attempt, sink } = task;
         let name = (request.client.clone(), task_id.clone());
         if state.tasks.contains_key(&rd) || state.names.contains_key(&name) {
             return Err(SchedulingError::TaskAlreadyExists(task_id));
+        }
+        if is_new {
+            self.check_room_in(&state, bytes)?;
         }
         state.names.insert(name, rd);
         let task = Task {
@@ -203,12 +267,14 @@ impl Board {
             sinks: sink.into_iter().collect(),
             left: None,
             permit: None,
+            bytes,
             phase: Phase::Waiting,
             opened: now,
             moved: now,
             tokens: 0,
         };
         state.tasks.insert(rd, task);
+        state.bytes = state.bytes.saturating_add(bytes);
         self.telemetry.metrics().tasks_waiting.inc();
         self.count.send_replace(state.tasks.len());
         drop(state);
@@ -467,10 +533,10 @@ impl Board {
         let _ = self.count.subscribe().wait_for(|count| *count == 0).await;
     }
 
-    /// Living tasks that are out of time, each with the time it had: those that expired, those that run and did not move
+    /// Living tasks that are out of time, each with the error that says so: those that expired, those that run and did not move
     /// for `timeout`, and those that wait while nothing on the board moved for as long.
     #[must_use]
-    pub fn stalled(&self, timeout: Duration) -> Vec<(RequestId, Duration)> {
+    pub fn stalled(&self, timeout: Duration) -> Vec<(RequestId, TaskError)> {
         let (now, unix_ms) = (self.clock.now(), self.clock.unix_ms());
         let state = self.lock();
         let out_of_time = |task: &Task| {
@@ -481,9 +547,10 @@ impl Board {
             };
             let still = now.saturating_sub(moved);
             if unix_ms >= task.request.expires_ms {
-                return Some(Duration::from_millis(task.request.expires_ms.saturating_sub(task.request.now_ms)));
+                let had_ms = task.request.expires_ms.saturating_sub(task.request.now_ms);
+                return Some(TaskError::DeadlineExceeded(Duration::from_millis(had_ms)));
             }
-            (still >= timeout).then_some(still)
+            (still >= timeout).then_some(TaskError::NoProgress(still))
         };
         state.tasks.iter().filter_map(|(rd, task)| Some((*rd, out_of_time(task)?))).collect()
     }
@@ -515,6 +582,7 @@ impl Board {
     /// Takes a task off the board, and out of the gauges if it lived. The caller drops it outside the lock.
     fn remove(&self, state: &mut State, rd: &RequestId) -> Option<Task> {
         let task = state.tasks.remove(rd)?;
+        state.bytes = state.bytes.saturating_sub(task.bytes);
         if task.lives() {
             state.names.remove(&task.name());
             self.leave(task.phase);

@@ -289,7 +289,8 @@ impl From<&TaskError> for Failure {
                 new(StatusCode::BAD_GATEWAY, "verification_failed").never()
             }
             ButterflyError::Coordination(CoordinationError::ConsensusTimeout { .. })
-            | ButterflyError::DeadlineExceeded(_) => new(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded").never(),
+            | ButterflyError::DeadlineExceeded(_)
+            | ButterflyError::NoProgress(_) => new(StatusCode::GATEWAY_TIMEOUT, "deadline_exceeded").never(),
             ButterflyError::Numeric => new(StatusCode::UNPROCESSABLE_ENTITY, "numeric_failure"),
             // What nginx answers to a client that has gone; seen by whoever waits for a task that another one cancelled.
             ButterflyError::Cancelled => {

@@ -200,6 +200,11 @@ impl Fields {
         }
     }
 
+    /// Takes a field out, for a route that supports what others do not.
+    pub(super) fn take(&mut self, name: &'static str) -> Option<Setting> {
+        self.settings.remove(name)
+    }
+
     /// A flag, `otherwise` if it is not there.
     ///
     /// # Errors

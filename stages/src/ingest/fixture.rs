@@ -10,10 +10,15 @@ use butterfly_verify::{
 };
 use k256::ecdsa::SigningKey;
 
-use super::board::{Board, Completed, NewTask, TaskResult};
+use super::board::{Board, Completed, NewTask, Room, TaskResult};
 use super::reply::{ReplyReceiver, reply};
 use crate::commit::{Accepted, Journal, TaskKind};
 use crate::error::SchedulingError;
+use crate::items::Priority;
+
+/// Tasks that the board admits, and those of them that may run.
+pub(super) const ROOM: usize = 5;
+pub(super) const RUNNING: usize = 2;
 
 pub(super) struct Fixture {
     _folder: tempfile::TempDir,
@@ -29,7 +34,8 @@ pub(super) fn fixture() -> Fixture {
     let clock = ManualClock::new(1_000_000);
     let shared: Arc<dyn Clock> = Arc::new(clock.clone());
     let telemetry = Arc::new(Telemetry::with_clock("n0".parse().unwrap(), Arc::clone(&shared)));
-    let board = Board::new(Arc::clone(&journal), Arc::clone(&telemetry), shared);
+    let room = Room { waiting_max: ROOM - RUNNING, tasks_max: ROOM, bytes_max: 1 << 20 };
+    let board = Board::new(Arc::clone(&journal), Arc::clone(&telemetry), shared, room);
     Fixture { _folder: folder, journal, telemetry, clock, board }
 }
 
@@ -71,13 +77,14 @@ impl Fixture {
             attempt: 1,
             sink: Some(sink),
         };
-        self.board.open(task).map(|()| receiver)
+        self.board.admit(task).map(|()| receiver)
     }
 
     pub(super) async fn accept(&self, request: &Request) {
         let accepted = Accepted {
             rd: request.digest(),
             kind: TaskKind::Completion,
+            priority: Priority::default(),
             accepted_ms: 0,
             client: request.client.clone(),
             task_id: request.digest().to_string(),

@@ -30,7 +30,7 @@ use super::reply::{Reply, ReplyReceiver, reply};
 use super::retry::{KEPT, Turns};
 use crate::commit::{Accepted, Journal, JournalError, Outcome, Record, RetryKey, TaskKind};
 use crate::error::{SchedulingError, TaskError};
-use crate::items::{self, RequestId};
+use crate::items::{self, Priority, RequestId};
 use crate::model::{ChatError, Messages, Sampled, Tokenizer};
 use crate::services::Services;
 
@@ -51,7 +51,6 @@ pub(super) struct Gateway {
     /// What the cluster does to every answer.
     pub mode: Mode,
     output: Sender<items::Request>,
-    queue_max: usize,
     text_bytes_max: usize,
     tokenising: Arc<Semaphore>,
     turns: Turns,
@@ -218,15 +217,13 @@ impl Gateway {
         let graph = &services.topology.graph;
         let verify = graph.of_kind("consensus").next().and_then(|stage| stage.config.text("verify"));
         let mode = cluster_mode(verify, services.topology.cluster.max_byzantine);
-        let waiting = graph.of_kind("assign").next().and_then(|stage| stage.config.integer("max_queue_size"));
-        let queue_max = waiting.and_then(|waiting| usize::try_from(waiting).ok()).unwrap_or(output.bounds().items);
         let text_bytes_max = text_bytes_max(&services);
         let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let tokenising = Arc::new(Semaphore::new(threads));
         let ratio = services.telemetry.metrics().result_cache_hit_ratio.clone();
         let cache = Arc::new(ResultCache::new(cache_bytes, ratio));
         let turns = Turns::new();
-        Self { services, readiness, shutdown, mode, output, queue_max, text_bytes_max, tokenising, turns, cache }
+        Self { services, readiness, shutdown, mode, output, text_bytes_max, tokenising, turns, cache }
     }
 
     /// Whether requests are taken at all now.
@@ -249,7 +246,7 @@ impl Gateway {
     /// # Errors
     /// When the queue is full.
     pub(super) fn check_room(&self) -> Result<(), Failure> {
-        self.reserve(0).map(drop)
+        Ok(self.services.board.check_room(0)?)
     }
 
     /// Admits what is asked, or finds what was admitted under the same key before.
@@ -285,6 +282,7 @@ impl Gateway {
                 format!("{} prompts with {choices} choices each are more than {count_max} answers", asks.len());
             return Err(Failure::invalid_value("n", message));
         }
+        let priority = asks.first().and_then(|ask| ask.priority).unwrap_or_default();
         let Some(retry) = client.retry else {
             let may_repeat = wait && task_id.is_none() && asks.iter().all(Ask::has_one_answer);
             let requests = self.resolve_choices(asks, &client.name, choices).await?;
@@ -292,7 +290,7 @@ impl Gateway {
                 cache_key: if may_repeat { self.cache.key(&request) } else { None },
                 ..Wanted::new(request, task_id.clone())
             });
-            return self.admit(kind, wanted.collect(), wait).await;
+            return self.admit(kind, priority, wanted.collect(), wait).await;
         };
         if asks.iter().any(|ask| ask.params.logprobs.is_some()) {
             let message = "log-probabilities are not in the log, so a retry could not have them: leave out either \
@@ -319,7 +317,7 @@ impl Gateway {
         let missing = requests.into_iter().zip(keys).zip(&earlier).filter(|(_, found)| found.is_none());
         let missing =
             missing.map(|((request, key), _)| Wanted { key: Some(key), ..Wanted::new(request, task_id.clone()) });
-        let mut fresh = self.admit(kind, missing.collect(), wait).await?.into_iter();
+        let mut fresh = self.admit(kind, priority, missing.collect(), wait).await?.into_iter();
         Ok(earlier.into_iter().filter_map(|found| found.or_else(|| fresh.next())).collect())
     }
 
@@ -331,7 +329,7 @@ impl Gateway {
         for ask in asks {
             let field = ask.field;
             let first = self.resolve(ask, client).await?;
-            let item = items::Request { rd: first.digest(), body: first };
+            let item = items::Request { rd: first.digest(), body: first, priority: Priority::default() };
             bytes = bytes.saturating_add(item.size_bytes().saturating_mul(choices as usize));
             if bytes > bytes_max {
                 return Err(Failure::request_too_large(bytes_max));
@@ -348,15 +346,23 @@ impl Gateway {
     }
 
     /// Admits requests that are whole and valid, all of them or none.
-    async fn admit(&self, kind: TaskKind, wanted: Vec<Wanted>, wait: bool) -> Result<Vec<Admitted>, Failure> {
+    async fn admit(
+        &self,
+        kind: TaskKind,
+        priority: Priority,
+        wanted: Vec<Wanted>,
+        wait: bool,
+    ) -> Result<Vec<Admitted>, Failure> {
+        let is_alone = wanted.len() == 1;
         let mut reserved = Vec::with_capacity(wanted.len());
         for wanted in wanted {
             let kept = wanted.cache_key.and_then(|key| self.cache.get(&key));
             let task = match kept {
                 Some(completed) => Reserved::Kept(completed),
                 None => {
-                    let item = items::Request { rd: wanted.request.digest(), body: wanted.request.clone() };
-                    let permit = self.reserve(item.size_bytes())?;
+                    let item = items::Request { rd: wanted.request.digest(), body: wanted.request.clone(), priority };
+                    self.services.board.check_room(item.size_bytes())?;
+                    let permit = self.reserve(item.size_bytes(), is_alone).await?;
                     Reserved::Fresh(permit, item, wanted)
                 }
             };
@@ -393,7 +399,7 @@ impl Gateway {
         traces.begin(item.rd.0, origin::current().as_ref());
         traces.name(&item.rd.0, &task_id);
         let task = NewTask { task_id: task_id.clone(), kind, request, attempt: 1, sink };
-        self.services.board.open(task)?;
+        self.services.board.admit(task)?;
         let guard = Waiting::new(Arc::clone(&self.services.board), item.rd);
         Ok(Opened::Fresh(Box::new(Fresh { permit, item, task_id, key, cache_key, receiver, guard })))
     }
@@ -405,6 +411,7 @@ impl Gateway {
         let accepted = Accepted {
             rd,
             kind,
+            priority: fresh.item.priority,
             accepted_ms: request.now_ms,
             client: request.client.clone(),
             task_id: fresh.task_id.clone(),
@@ -520,8 +527,8 @@ impl Gateway {
     }
 
     /// Hands on a request that is on the board already, waiting for room. Returns false when the graph takes no more.
-    pub(super) async fn resubmit(&self, request: &Request, pause: Duration) -> bool {
-        let item = items::Request { rd: request.digest(), body: request.clone() };
+    pub(super) async fn resubmit(&self, request: &items::Request, pause: Duration) -> bool {
+        let item = request.clone();
         loop {
             if !self.services.board.is_living(&item.rd) {
                 return true;
@@ -540,10 +547,14 @@ impl Gateway {
         }
     }
 
-    fn reserve(&self, bytes: usize) -> Result<Permit<items::Request>, Failure> {
-        self.output.try_reserve(bytes).map_err(|error| match error {
+    /// Room in the graph. One request alone waits for it, unless the topology says that this edge rejects; of several that wait
+    /// with room in their hands each could hold up the others.
+    async fn reserve(&self, bytes: usize, is_alone: bool) -> Result<Permit<items::Request>, Failure> {
+        let room = if is_alone { self.output.reserve(bytes).await } else { self.output.try_reserve(bytes) };
+        room.map_err(|error| match error {
             ReserveError::Full => {
-                SchedulingError::QueueFull { limit: self.queue_max, retry_after: Duration::from_secs(1) }.into()
+                let limit = self.services.board.room().waiting_max;
+                SchedulingError::QueueFull { limit, retry_after: Duration::from_secs(1) }.into()
             }
             ReserveError::Closed => TaskError::Draining.into(),
             ReserveError::TooLarge { bytes_max, .. } => Failure::request_too_large(bytes_max),

@@ -56,8 +56,11 @@ async fn admit(front: &Front, client: Caller, request: Request) -> Result<(bool,
     let (field, input) = input(&mut fields)?;
     fields.refuse("n", Setting::Integer(1))?;
     fields.refuse("echo", Setting::Flag(false))?;
+    let priority = fields.take("priority");
+    let priority = ask::priority("priority", priority.as_ref())?;
     let rules = Rules { mode: front.gateway.mode, temperature: 0.0, tokens_default: COMPLETION_TOKENS };
-    let ask = Ask::new(&mut fields, field, input, rules)?;
+    let mut ask = Ask::new(&mut fields, field, input, rules)?;
+    ask.priority = ask.priority.or(priority);
     drop(body);
     let submission = Submission { client, kind: TaskKind::Inference, task_id, ask, wait };
     Ok((with_tokens, front.gateway.submit(submission).await?))

@@ -63,7 +63,7 @@ use futures::FutureExt;
 use futures::future::{BoxFuture, join_all};
 use tokio::net::TcpListener;
 
-pub use board::{Board, CancellationReceiver, Completed, NewTask, Status, TaskResult};
+pub use board::{Board, CancellationReceiver, Completed, NewTask, Room, Status, TaskResult};
 pub use errors::{Failure, FailureBody};
 pub(crate) use health::nodes as health_of_nodes;
 pub use reply::{Reply, ReplyReceiver, ReplySender, reply};
@@ -136,7 +136,7 @@ impl IngestStage {
 async fn tend(
     gateway: &Gateway,
     server: &mut Server,
-    left_open: Vec<Request>,
+    left_open: Vec<items::Request>,
     request_timeout: Duration,
 ) -> Result<(), StageError> {
     let (board, shutdown) = (&gateway.services.board, &gateway.shutdown);
@@ -165,7 +165,7 @@ async fn tend(
 }
 
 /// Puts every open request of the log on the board, and fails those that cannot be answered any more.
-async fn recover(services: &Services) -> Result<Vec<Request>, StageError> {
+async fn recover(services: &Services) -> Result<Vec<items::Request>, StageError> {
     let journal = Arc::clone(&services.journal);
     let read = tokio::task::spawn_blocking(move || journal.open_requests()).await;
     let unreadable = |error: &dyn std::fmt::Display| StageError::environment("read the log", error.to_string());
@@ -184,13 +184,13 @@ async fn recover(services: &Services) -> Result<Vec<Request>, StageError> {
         tracing::info!(resumed = left_open.len(), failed = over.len(), "requests that were open are taken up again");
     }
     let written = services.journal.settle(over).await;
-    let restarted = services.journal.restart(left_open.iter().map(|request| request.digest()).collect());
+    let restarted = services.journal.restart(left_open.iter().map(|request| request.rd).collect());
     written.map(drop).and(restarted.await).map_err(|error| StageError::environment("write the log", error))?;
     Ok(left_open)
 }
 
 /// Puts one open request on the board.
-fn take_up(services: &Services, entry: &Open) -> Result<Request, TaskError> {
+fn take_up(services: &Services, entry: &Open) -> Result<items::Request, TaskError> {
     let Open { accepted, starts } = entry;
     let gone = |why: &str| TaskError::from(ApiError::ServiceUnavailable(format!("the node was restarted {why}")));
     let request = Request::decode(&accepted.request)
@@ -210,18 +210,17 @@ fn take_up(services: &Services, entry: &Open) -> Result<Request, TaskError> {
         sink: None,
     };
     services.board.open(task)?;
-    Ok(request)
+    Ok(items::Request { rd: accepted.rd, body: request, priority: accepted.priority })
 }
 
 /// Hands requests on that a crash left open, once enough nodes are there to answer them. Those that are still here when the
 /// node stops stay in the log for the next start. Then does nothing for ever.
-async fn resubmit(gateway: &Gateway, left_open: Vec<Request>) {
+async fn resubmit(gateway: &Gateway, left_open: Vec<items::Request>) {
     let services = &gateway.services;
     let handed_on = AtomicUsize::new(0);
     let hand_on = async {
         let mut peers = services.peers.clone();
-        let max_byzantine = services.topology.cluster.max_byzantine;
-        let is_quorum = |peers: &_| readiness(&services.plan, peers, &services.node, max_byzantine).is_ok();
+        let is_quorum = |peers: &_| readiness(services, peers).is_ok();
         // The watch ends only with the node.
         let _ = peers.wait_for(is_quorum).await;
         gateway.readiness.ready().await;
@@ -238,7 +237,7 @@ async fn resubmit(gateway: &Gateway, left_open: Vec<Request>) {
             () = gateway.shutdown.draining() => {}
         }
         let rest = left_open.get(handed_on.load(Ordering::Relaxed)..).unwrap_or_default();
-        rest.iter().for_each(|request| services.board.withdraw(&request.digest()));
+        rest.iter().for_each(|request| services.board.withdraw(&request.rd));
     }
     std::future::pending().await
 }
@@ -252,8 +251,8 @@ async fn care(gateway: &Gateway, request_timeout: Duration) -> StageError {
             services.clock.sleep(SWEEP_EVERY).await;
             // Together, so that they share transactions.
             let stalled = services.board.stalled(request_timeout).into_iter();
-            join_all(stalled.map(|(rd, had)| async move {
-                services.board.fail(&rd, TaskError::DeadlineExceeded(had)).await;
+            join_all(stalled.map(|(rd, error)| async move {
+                services.board.fail(&rd, error).await;
             }))
             .await;
             services.board.deserted(retry::PATIENCE).iter().for_each(|rd| services.board.cancel(rd));

@@ -5,6 +5,7 @@ use std::process::{Command, Stdio};
 use futures::future::join_all;
 
 use super::*;
+use crate::items::Priority;
 
 fn rd(number: u64) -> RequestId {
     let mut bytes = [0; 32];
@@ -17,6 +18,7 @@ fn accepted(number: u64) -> Accepted {
     Accepted {
         rd: rd(number),
         kind: TaskKind::Inference,
+        priority: Priority::default(),
         accepted_ms: number,
         client: "client".to_owned(),
         task_id: format!("task-{number}"),

@@ -1,8 +1,9 @@
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use futures::FutureExt;
+use proptest::prelude::*;
 
-use super::super::fixture::{completed, fixture, request};
+use super::super::fixture::{ROOM, RUNNING, completed, fixture, request};
 use super::super::reply::{Reply, reply};
 use super::*;
 
@@ -198,4 +199,67 @@ fn a_task_whose_client_may_come_back_is_deserted_only_after_a_while() {
     fixture.board.part(&other.digest());
     fixture.clock.advance(patience);
     assert_eq!(fixture.board.deserted(patience), [other.digest()]);
+}
+
+proptest! {
+    /// Whatever happens to tasks, as many wait and run as there is room for, and not one more or less.
+    #[test]
+    fn exactly_as_many_are_admitted_as_there_is_room_for(moves in prop::collection::vec((0u8..6, any::<prop::sample::Index>()), 0..60)) {
+        let fixture = fixture();
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let (mut living, mut running) = (Vec::new(), Vec::new());
+        for (number, (what, which)) in (0u8..).zip(moves) {
+            if what < 3 || living.is_empty() {
+                let request = request(number, "");
+                match fixture.open(&number.to_string(), &request) {
+                    Ok(waiting) => living.push((request.digest(), waiting)),
+                    Err(error) => {
+                        let full = SchedulingError::QueueFull { limit: ROOM - RUNNING, retry_after: RETRY_SOON };
+                        prop_assert_eq!((error, living.len()), (full, ROOM));
+                    }
+                }
+            } else if what == 3 {
+                let (rd, _) = living[which.index(living.len())];
+                if !running.contains(&rd) {
+                    fixture.board.running(&rd, Box::new(()));
+                    running.push(rd);
+                }
+            } else {
+                let (rd, _) = living.swap_remove(which.index(living.len()));
+                running.retain(|running| *running != rd);
+                if what == 4 {
+                    fixture.board.settle(&rd, Err(TaskError::Numeric));
+                } else {
+                    fixture.board.cancel(&rd);
+                    runtime.block_on(fixture.board.bury());
+                }
+            }
+            prop_assert!(living.len() <= ROOM);
+            prop_assert_eq!(fixture.board.check_room(0).is_ok(), living.len() < ROOM);
+            prop_assert_eq!(fixture.gauges(), ((living.len() - running.len()) as i64, running.len() as i64));
+        }
+    }
+}
+
+#[test]
+fn what_was_promised_before_is_taken_up_again_even_without_room_and_bytes_bound_what_is_new() {
+    let fixture = fixture();
+    let again = |number: u8| {
+        let task = NewTask {
+            task_id: number.to_string(),
+            kind: TaskKind::Inference,
+            request: request(number, ""),
+            attempt: 2,
+            sink: None,
+        };
+        fixture.board.open(task)
+    };
+    assert!((0..10).all(|number| again(number).is_ok()));
+    assert!(matches!(fixture.open("new", &request(20, "")), Err(SchedulingError::QueueFull { .. })));
+    for number in 0..10 {
+        fixture.board.settle(&request(number, "").digest(), Err(TaskError::Numeric));
+    }
+    assert!(fixture.board.check_room(1 << 20).is_ok());
+    let _waiting = fixture.open("new", &request(20, "")).unwrap();
+    assert!(fixture.board.check_room(1 << 20).is_err(), "the room for bytes is not all free");
 }

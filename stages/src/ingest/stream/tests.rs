@@ -40,6 +40,7 @@ fn several(wishes: Wishes, stop: &[&str], choices: u32) -> Streamed {
         Arc::clone(&fixture.journal),
         Arc::clone(&fixture.telemetry),
         Arc::new(clock.clone()),
+        fixture.board.room(),
     ));
     let (mut requests, mut senders, mut asked) = (Vec::new(), Vec::new(), Vec::new());
     for choice in 0..choices {
