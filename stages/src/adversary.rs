@@ -24,17 +24,20 @@ pub enum Behaviour {
     Crash,
     /// Tells the same wrong answer as every other colluder.
     Collude,
+    /// Votes for the right answer, and then for another.
+    Equivocate,
 }
 
 impl Behaviour {
     /// Every behaviour with its name in topology files.
-    pub const ALL: [(&'static str, Self); 6] = [
+    pub const ALL: [(&'static str, Self); 7] = [
         ("wrong-activations", Self::WrongActivations),
         ("wrong-vote", Self::WrongVote),
         ("feed-back-other", Self::FeedBackOther),
         ("silent", Self::Silent),
         ("crash", Self::Crash),
         ("collude", Self::Collude),
+        ("equivocate", Self::Equivocate),
     ];
 
     /// The token fed back in place of `token`.
@@ -53,11 +56,16 @@ impl Behaviour {
         }
     }
 
-    /// The ballot the node casts in place of `ballot`.
-    pub(crate) fn ballot(self, mut ballot: Ballot) -> Ballot {
-        if self != Self::WrongVote {
-            return ballot;
+    /// The ballots the node casts in place of `ballot`.
+    pub(crate) fn ballots(self, ballot: Ballot) -> Vec<Ballot> {
+        match self {
+            Self::WrongVote => vec![Self::falsified(ballot)],
+            Self::Equivocate => vec![ballot.clone(), Self::falsified(ballot)],
+            _ => vec![ballot],
         }
+    }
+
+    fn falsified(mut ballot: Ballot) -> Ballot {
         match &mut ballot.answer {
             Some(Answer::Text { tokens, .. }) => tokens.iter_mut().for_each(|token| *token ^= 1),
             Some(Answer::Vector { values }) => values.iter_mut().for_each(|value| *value += 1.0),
@@ -89,7 +97,8 @@ impl Behaviour {
 /// No behaviour has this name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "no adversary behaviour is called '{0}'; there are wrong-activations, wrong-vote, feed-back-other, silent, crash and collude"
+    "no adversary behaviour is called '{0}'; there are wrong-activations, wrong-vote, feed-back-other, silent, crash, collude and \
+     equivocate"
 )]
 pub struct UnknownBehaviour(pub String);
 

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use butterfly_engine::channel::Item;
 use butterfly_topology::NodeId;
 use butterfly_topology::plan::Plan;
-use butterfly_verify::{Answer, Digest, Evidence, Input, Receipt};
+use butterfly_verify::{Answer, Digest, Evidence, Input, NodeIndex, Receipt};
 use serde_json::Value;
 
 use crate::error::TaskError;
@@ -82,6 +82,8 @@ pub struct Assigned {
 pub struct Boundary {
     /// The request.
     pub rd: RequestId,
+    /// The node whose request it is: another that sends the same one has it computed apart.
+    pub gateway: NodeIndex,
     /// The attempt the values belong to.
     pub attempt: u32,
     /// The slice that takes them: the next one, slice 0 for a token that is fed back, any for the end.

@@ -22,6 +22,7 @@ pub mod node;
 pub mod partition;
 pub mod registry;
 pub mod services;
+pub mod standing;
 pub mod transfer;
 
 #[cfg(feature = "adversary")]

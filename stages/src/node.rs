@@ -29,10 +29,14 @@ use crate::ingest::{Board, Room};
 use crate::model::{Model, ModelError, PackedWeights};
 use crate::partition::{PlanKey, Planner, Question, nodes_digest};
 use crate::registry::registry;
-use crate::services::{Services, Standing};
+use crate::services::Services;
+use crate::standing::{SET_ASIDE_FILE, SetAside, SetAsideError, Standing};
 
 #[cfg(feature = "adversary")]
 use crate::adversary::Behaviour;
+
+/// Pieces of evidence of the log that are taken up at a start, at most.
+const EVIDENCE_READ_MAX: usize = 65_536;
 
 /// What a node is started with.
 pub struct NodeOptions {
@@ -131,6 +135,9 @@ pub enum NodeError {
     /// The log cannot be opened.
     #[error(transparent)]
     Journal(#[from] JournalError),
+    /// What the operator has set aside cannot be read.
+    #[error(transparent)]
+    SetAside(#[from] SetAsideError),
     /// The links cannot be set up.
     #[error(transparent)]
     Network(#[from] NetworkError),
@@ -269,6 +276,8 @@ impl Node {
         let board =
             Arc::new(Board::new(Arc::clone(&journal), Arc::clone(&telemetry), Arc::clone(&clock), Room::of(&topology)));
         let epoch = Arc::clone(&foundation.epoch);
+        let set_aside = SetAside::read(&data_dir.join(SET_ASIDE_FILE))?;
+        let standing = Arc::new(Standing::new(&journal.kept_evidence(EVIDENCE_READ_MAX)?, &epoch, &set_aside));
         let index = epoch.index_of(node.as_ref()).ok_or_else(|| unknown(&topology, &node))?;
         let signer = Arc::new(butterfly_verify::Signer::new(identity.clone(), index, &epoch)?);
         let roster = roster(&topology, &epoch);
@@ -293,7 +302,7 @@ impl Node {
             telemetry: Arc::clone(&telemetry),
             clock: Arc::clone(&clock),
             peers: mesh.peers(),
-            standing: Arc::new(Standing::default()),
+            standing,
             base_dir,
             #[cfg(feature = "adversary")]
             behaviour: behaviour(&topology, &node)?,

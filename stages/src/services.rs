@@ -5,7 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use butterfly_engine::clock::Clock;
@@ -23,6 +23,7 @@ use crate::assign::readiness;
 use crate::commit::Journal;
 use crate::ingest::Board;
 use crate::model::Model;
+pub use crate::standing::{Conduct, Standing};
 
 /// The shared things of one node.
 #[derive(Clone)]
@@ -64,7 +65,14 @@ impl Services {
     /// Whether work may be expected of a node: it is this one or up, and not excluded.
     #[must_use]
     pub fn is_useful(&self, node: &NodeId, peers: &BTreeMap<NodeId, PeerState>) -> bool {
-        *node == self.node || matches!(peers.get(node), Some(PeerState::Up { .. }))
+        let is_up = *node == self.node || matches!(peers.get(node), Some(PeerState::Up { .. }));
+        is_up && !self.is_excluded(node)
+    }
+
+    /// Whether a node is proven to lie, and gets no more work.
+    #[must_use]
+    pub fn is_excluded(&self, node: &NodeId) -> bool {
+        self.epoch.index_of(node.as_ref()).is_some_and(|index| self.standing.is_excluded(index))
     }
 
     /// The node at a place of the roster.
@@ -77,7 +85,7 @@ impl Services {
     /// that has not moved for `stalled_after` is a reason too.
     #[must_use]
     pub fn unready(&self, stages: &Readiness, shutdown: &Shutdown, stalled_after: Duration) -> Vec<&'static str> {
-        let quorum = readiness(&self.plan, &self.peers.borrow(), &self.node, self.topology.cluster.max_byzantine);
+        let quorum = readiness(self, &self.peers.borrow());
         let checks = [
             (!shutdown.is_running(), "draining"),
             (!stages.is_ready(), "loading"),
@@ -86,49 +94,5 @@ impl Services {
             (self.board.still_for() >= stalled_after, "stalled"),
         ];
         checks.into_iter().filter_map(|(holds, reason)| holds.then_some(reason)).collect()
-    }
-}
-
-/// What this node holds against others: shown in `/health`, never a change of the roster.
-#[derive(Debug, Default)]
-pub struct Standing {
-    nodes: Mutex<BTreeMap<NodeIndex, Conduct>>,
-}
-
-/// The record of one node.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Conduct {
-    /// Votes that agreed with a certificate.
-    pub agreed: u64,
-    /// Pieces of evidence, by kind.
-    pub accused: BTreeMap<String, u64>,
-    /// Requests for which no vote came in time: unavailability, never called lying.
-    pub silent: u64,
-}
-
-impl Standing {
-    fn with(&self, node: NodeIndex, change: impl FnOnce(&mut Conduct)) {
-        let mut nodes = self.nodes.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        change(nodes.entry(node).or_default());
-    }
-
-    /// Counts a vote that agreed.
-    pub fn agreed(&self, node: NodeIndex) {
-        self.with(node, |conduct| conduct.agreed += 1);
-    }
-
-    /// Counts evidence of a kind.
-    pub fn accused(&self, node: NodeIndex, kind: &str) {
-        self.with(node, |conduct| *conduct.accused.entry(kind.to_owned()).or_default() += 1);
-    }
-
-    /// Counts a vote that did not come.
-    pub fn silent(&self, node: NodeIndex) {
-        self.with(node, |conduct| conduct.silent += 1);
-    }
-
-    /// The record so far.
-    pub fn conduct(&self) -> BTreeMap<NodeIndex, Conduct> {
-        self.nodes.lock().unwrap_or_else(std::sync::PoisonError::into_inner).clone()
     }
 }

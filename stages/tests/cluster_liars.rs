@@ -37,7 +37,8 @@ fn accused(entry: &Value, kind: &str) -> bool {
 async fn liar_is_named(behaviour: &'static str, words: &[&str]) {
     let cluster = Processes::start(&with(&[(2, behaviour)])).await;
     answers_are_right(&cluster).await;
-    until_node(cluster.http, "n2", |entry| words.iter().any(|word| accused(entry, word))).await;
+    let entry = until_node(cluster.http, "n2", |entry| words.iter().any(|word| accused(entry, word))).await;
+    assert_eq!(entry["standing"], "quarantined", "f+1 others contradict it; a broken kernel would look the same");
     // The gateway keeps the signed votes that show it, for anyone to check.
     let kept = loop {
         let (status, kept) = call(cluster.http, "GET", "/v1/evidence", None).await.unwrap();
@@ -70,6 +71,56 @@ async fn a_wrong_vote_is_outvoted_and_named() {
 #[tokio::test(flavor = "multi_thread")]
 async fn feeding_back_another_token_than_sampled_is_outvoted_and_named() {
     liar_is_named("feed-back-other", &["wrong_input"]).await;
+}
+
+/// The ids of the evidence that the gateway keeps, once it keeps some.
+async fn evidence_ids(cluster: &Processes) -> Vec<String> {
+    loop {
+        let (status, kept) = call(cluster.http, "GET", "/v1/evidence", None).await.unwrap();
+        assert_eq!(status, 200);
+        let ids = kept["ids"].as_array().unwrap();
+        assert_eq!(ids.len(), kept["data"].as_array().unwrap().len());
+        if !ids.is_empty() {
+            return ids.iter().map(|id| id.as_str().unwrap().to_owned()).collect();
+        }
+        tokio::task::yield_now().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_proven_to_lie_gets_no_more_work_until_the_operator_sets_the_evidence_aside() {
+    let mut cluster = Processes::start(&with(&[(2, "equivocate")])).await;
+    let excluded = |entry: &Value| entry["standing"] == "excluded" && accused(entry, "equivocation");
+    answers_are_right(&cluster).await;
+    until_node(cluster.http, "n2", excluded).await;
+    evidence_ids(&cluster).await;
+    // Nobody counts on it: it is up, and without n1 there is no quorum all the same.
+    cluster.kill(1);
+    until_node(cluster.http, "n1", |entry| entry["state"] == "down").await;
+    let (prompt, expected) = reference().swap_remove(0);
+    let body = completion(&prompt, expected.len());
+    let (status, response) = call(cluster.http, "POST", "/v1/completions", Some(body)).await.unwrap();
+    assert_eq!((status, &response["error"]["code"]), (503, &Value::from("no_quorum")), "{response}");
+    let (status, health) = call(cluster.http, "GET", "/health", None).await.unwrap();
+    assert_eq!((status, &health["reasons"][0]), (503, &Value::from("no_quorum")));
+    cluster.spawn(1);
+    cluster.wait_until_up(2).await;
+    // A restart forgets nothing.
+    cluster.kill(0);
+    cluster.spawn(0);
+    cluster.wait_until_up(2).await;
+    until_node(cluster.http, "n2", excluded).await;
+    answers_are_right(&cluster).await;
+    // The operator has looked into it.
+    let ids = evidence_ids(&cluster).await.join("\n");
+    std::fs::write(cluster.path("data/n0/set-aside.txt"), ids).unwrap();
+    cluster.kill(0);
+    cluster.spawn(0);
+    cluster.wait_until_up(2).await;
+    until_node(cluster.http, "n2", |entry| entry["standing"] == "good").await;
+    // What it does from now on counts again.
+    answers_are_right(&cluster).await;
+    until_node(cluster.http, "n2", excluded).await;
 }
 
 #[tokio::test(flavor = "multi_thread")]

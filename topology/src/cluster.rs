@@ -17,7 +17,8 @@ pub const MAX_BYZANTINE_MAX: usize = (NODES_MAX - 1) / 2;
 /// The most slices of a plan.
 pub const SLICES_MAX: usize = 1024;
 /// Behaviours a node may be told to show, for demonstrations and tests: `adversary = "wrong-vote"`.
-pub const BEHAVIOURS: &[&str] = &["wrong-activations", "wrong-vote", "feed-back-other", "silent", "crash", "collude"];
+pub const BEHAVIOURS: &[&str] =
+    &["wrong-activations", "wrong-vote", "feed-back-other", "silent", "crash", "collude", "equivocate"];
 
 /// The `[cluster]` table and the `[[node]]` list.
 #[derive(Clone, Debug, PartialEq, Serialize)]

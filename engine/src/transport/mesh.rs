@@ -291,15 +291,17 @@ impl Core {
         tracing::info!(node = %self.node, peer = %session.peer(), %reason, "link down");
     }
 
-    /// Tells why a peer stays down. Without effect while it is up. True if the reason is another than before.
-    pub(super) fn stay_down(&self, peer: &NodeId, why: DownReason) -> bool {
+    /// Tells why a peer stays down. Without effect while it is up. Returns the reason before, if that was another.
+    pub(super) fn stay_down(&self, peer: &NodeId, why: DownReason) -> Option<DownReason> {
+        let mut before = None;
         self.states.send_if_modified(|states| match states.get_mut(peer) {
             Some(PeerState::Down { reason, .. }) if *reason != why => {
-                *reason = why;
+                before = Some(std::mem::replace(reason, why));
                 true
             }
             _ => false,
-        })
+        });
+        before
     }
 
     /// Called under the lock of the peer's cell, so that states follow in the order of the sessions.

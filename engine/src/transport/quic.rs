@@ -283,8 +283,13 @@ impl Node {
                     }
                 }
                 Err(reason) => {
-                    if self.core.stay_down(&peer, reason.clone()) {
-                        tracing::warn!(node = %self.core.node(), %peer, %reason, "could not connect");
+                    match self.core.stay_down(&peer, reason.clone()) {
+                        // It said that it stops, so it is no surprise that it does not answer.
+                        Some(DownReason::Left) => {
+                            tracing::debug!(node = %self.core.node(), %peer, %reason, "a peer that left is not back");
+                        }
+                        Some(_) => tracing::warn!(node = %self.core.node(), %peer, %reason, "could not connect"),
+                        None => {}
                     }
                     breaker.failed(self.core.clock().now());
                 }

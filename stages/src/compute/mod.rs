@@ -23,6 +23,7 @@ use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::telemetry::{Event, Mark};
 use butterfly_kernels::Pool;
 use butterfly_topology::NodeId;
+use butterfly_verify::NodeIndex;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::task::{JoinError, JoinHandle};
@@ -66,13 +67,32 @@ pub struct ComputeStage {
     pub services: Services,
 }
 
-/// A request on a slice.
-type Key = (RequestId, u16);
+/// A request, and the gateway whose request it is. A node that learns of another's request and sends it as its own has it
+/// computed apart, and takes nothing away from the other.
+type Run = (RequestId, NodeIndex);
+
+/// A request of a gateway on a slice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+struct Key {
+    run: Run,
+    slice: u16,
+}
+
+impl Key {
+    /// Where values belong.
+    fn of(boundary: &Boundary) -> Self {
+        Self { run: (boundary.rd, boundary.gateway), slice: boundary.slice }
+    }
+
+    /// All slices of a request.
+    fn all(run: Run) -> std::ops::RangeInclusive<Self> {
+        Self { run, slice: 0 }..=Self { run, slice: u16::MAX }
+    }
+}
 
 /// A session, or the place of one that a pass is working on.
 struct Slot {
     attempt: u32,
-    gateway: NodeId,
     expires_ms: u64,
     reserved_bytes: u64,
     session: Option<Session>,
@@ -82,19 +102,19 @@ struct Slot {
 /// The last requests that ended here, with their attempts.
 #[derive(Default)]
 struct Ended {
-    order: VecDeque<RequestId>,
-    attempts: BTreeMap<RequestId, u32>,
+    order: VecDeque<Run>,
+    attempts: BTreeMap<Run, u32>,
 }
 
 impl Ended {
     /// Whether values of this attempt come too late. Those of a later one come early: the gateway starts the request anew.
     fn is_late(&self, boundary: &Boundary) -> bool {
-        self.attempts.get(&boundary.rd).is_some_and(|attempt| boundary.attempt <= *attempt)
+        self.attempts.get(&Key::of(boundary).run).is_some_and(|attempt| boundary.attempt <= *attempt)
     }
 
-    fn insert(&mut self, rd: RequestId, attempt: u32) {
-        if self.attempts.insert(rd, attempt).is_none() {
-            self.order.push_back(rd);
+    fn insert(&mut self, run: Run, attempt: u32) {
+        if self.attempts.insert(run, attempt).is_none() {
+            self.order.push_back(run);
         }
         if self.order.len() > ENDED_MAX
             && let Some(oldest) = self.order.pop_front()
@@ -262,22 +282,22 @@ impl State {
 
     fn take(&mut self, step: Step) {
         match step {
-            Step::Open { rd, body, attempt, gateway } => self.open(Open { rd, body, attempt, gateway }),
+            Step::Open { rd, body, attempt, gateway } => {
+                let Some(gateway_index) = self.services.epoch.index_of(gateway.as_ref()) else { return };
+                self.open(Open { rd, body, attempt, gateway, gateway_index });
+            }
             Step::Values { from, boundary } => self.values(from, boundary),
             Step::Cancel { rd, gateway } => self.cancel(&rd, &gateway),
         }
     }
 
     fn open(&mut self, open: Open) {
-        // A living request belongs to the gateway that opened it; another could only mean to take its votes away.
-        let mut living = self.slots.range((open.rd, 0)..=(open.rd, u16::MAX)).map(|(_, slot)| slot);
-        if living.any(|slot| slot.gateway != open.gateway || slot.attempt >= open.attempt) {
+        let mut living = self.slots.range(Key::all(open.run())).map(|(_, slot)| slot);
+        if living.any(|slot| slot.attempt >= open.attempt) {
             return;
         }
-        if let Some(waiting) = self.opening.iter_mut().find(|waiting| waiting.rd == open.rd) {
-            if waiting.gateway == open.gateway {
-                waiting.attempt = waiting.attempt.max(open.attempt);
-            }
+        if let Some(waiting) = self.opening.iter_mut().find(|waiting| waiting.run() == open.run()) {
+            waiting.attempt = waiting.attempt.max(open.attempt);
             return;
         }
         if self.opening.len() >= OPENING_MAX {
@@ -288,7 +308,7 @@ impl State {
     }
 
     fn values(&mut self, from: NodeId, boundary: Boundary) {
-        let key = (boundary.rd, boundary.slice);
+        let key = Key::of(&boundary);
         let Some(slot) = self.slots.get_mut(&key) else {
             if !self.ended.is_late(&boundary) {
                 self.waiting.keep(from, boundary);
@@ -313,13 +333,10 @@ impl State {
     }
 
     fn cancel(&mut self, rd: &RequestId, gateway: &NodeId) {
-        self.opening.retain(|open| open.rd != *rd || open.gateway != *gateway);
-        let keys: Vec<Key> = self
-            .slots
-            .range((*rd, 0)..=(*rd, u16::MAX))
-            .filter(|(_, slot)| slot.gateway == *gateway)
-            .map(|(key, _)| *key)
-            .collect();
+        let Some(gateway) = self.services.epoch.index_of(gateway.as_ref()) else { return };
+        let run = (*rd, gateway);
+        self.opening.retain(|open| open.run() != run);
+        let keys: Vec<Key> = self.slots.range(Key::all(run)).map(|(key, _)| *key).collect();
         for key in keys {
             self.remove(&key);
         }
@@ -329,7 +346,7 @@ impl State {
         if let Some(slot) = self.slots.remove(key) {
             self.reserved_bytes = self.reserved_bytes.saturating_sub(slot.reserved_bytes);
             self.waiting.take(key);
-            self.ended.insert(key.0, slot.attempt);
+            self.ended.insert(key.run, slot.attempt);
         }
     }
 
@@ -379,7 +396,7 @@ impl State {
     /// Makes room for the sessions of a request; they come back from the pass.
     fn place(&mut self, open: &Open, bytes: u64) {
         for slice in self.slices.indices() {
-            let key = (open.rd, slice);
+            let key = Key { run: open.run(), slice };
             if let Some(old) = self.slots.remove(&key) {
                 self.reserved_bytes = self.reserved_bytes.saturating_sub(old.reserved_bytes);
             }
@@ -388,7 +405,6 @@ impl State {
                 key,
                 Slot {
                     attempt: open.attempt,
-                    gateway: open.gateway.clone(),
                     expires_ms: open.body.expires_ms,
                     reserved_bytes: bytes,
                     session: None,
@@ -406,15 +422,16 @@ impl State {
         }
         self.boundaries.extend(passed.effects.boundaries);
         self.outcomes.extend(passed.effects.outcomes);
-        for (rd, error) in passed.refused {
+        for (run, error) in passed.refused {
+            let rd = run.0;
             let span = self.services.telemetry.traces().span(&rd.0);
             span.in_scope(|| tracing::warn!(%rd, %error, "a request was refused"));
             for slice in self.slices.indices() {
-                self.remove(&(rd, slice));
+                self.remove(&Key { run, slice });
             }
         }
         for session in passed.sessions {
-            let key = (session.rd, session.slice());
+            let key = Key { run: session.run(), slice: session.slice() };
             // The slot is gone if the request was cancelled meanwhile, and newer if it was started anew.
             let Some(slot) = self.slots.get_mut(&key).filter(|slot| slot.attempt == session.attempt) else { continue };
             if session.is_finished() {
@@ -453,22 +470,69 @@ mod tests {
     fn end_of(request: u32, attempt: u32) -> Boundary {
         let mut rd = Digest([0; 32]);
         rd.0[..4].copy_from_slice(&request.to_le_bytes());
-        Boundary { rd, attempt, slice: 0, position: 0, values: BoundaryValues::End }
+        Boundary { rd, gateway: NodeIndex(0), attempt, slice: 0, position: 0, values: BoundaryValues::End }
     }
 
     #[test]
     fn values_of_an_ended_attempt_are_late_and_those_of_the_next_are_not() {
         let mut ended = Ended::default();
-        ended.insert(end_of(1, 0).rd, 2);
+        ended.insert(Key::of(&end_of(1, 0)).run, 2);
         assert!(ended.is_late(&end_of(1, 1)) && ended.is_late(&end_of(1, 2)));
         assert!(!ended.is_late(&end_of(1, 3)) && !ended.is_late(&end_of(2, 1)));
+        assert!(!ended.is_late(&Boundary { gateway: NodeIndex(1), ..end_of(1, 1) }), "of another gateway");
+    }
+
+    /// Whoever learns of a request can send it too, even before its gateway is heard: its gateway gets its votes all the same.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_request_that_another_gateway_sends_first_is_still_computed_for_its_own() {
+        let folder = tempfile::tempdir().unwrap();
+        let loopback = crate::loopback::Loopback { model: "builtin:mlp".into(), ..Default::default() };
+        let cluster = loopback.start(folder.path()).await.unwrap();
+        let services = cluster.nodes[2].services().clone();
+        let path = butterfly_kernels::Path::detect().unwrap();
+        let mut slices = Slices::new(Arc::clone(&services.model), &services.plan, 2, path);
+        slices.insert(0, services.model.load(services.plan.slices[0].layers.clone()).unwrap());
+        let (slices, pool) = (Arc::new(slices), Pool::new(1, path));
+        let mut state = State::new(Arc::clone(&slices), 1 << 30, services.clone());
+        let parts = butterfly_verify::RequestParts {
+            client: String::new(),
+            nonce: [1; 32],
+            model: services.model.manifest().name.clone(),
+            mode: butterfly_verify::Mode::Full,
+            input: butterfly_verify::Input::Vector { values: vec![0.5; services.model.manifest().input_width] },
+            params: butterfly_verify::Params::default(),
+            now_ms: 1,
+            expires_ms: 2,
+        };
+        let body = butterfly_verify::Request::new(parts).unwrap();
+        let rd = body.digest();
+        let open =
+            |gateway: &str, attempt| Step::Open { rd, body: body.clone(), attempt, gateway: gateway.parse().unwrap() };
+        state.take(open("n1", u32::MAX));
+        state.take(open("n0", 1));
+        // Nor can the other cancel what is not its own.
+        state.take(Step::Cancel { rd, gateway: "n2".parse().unwrap() });
+        while let Some(pass) = state.next_pass(16) {
+            let passed = pass.run(&slices, &pool);
+            state.take_back(passed);
+        }
+        let voted_for: std::collections::BTreeSet<String> = state
+            .outcomes
+            .iter()
+            .filter_map(|outcome| match outcome {
+                Outcome::Finished(finished) => Some(finished.gateway.to_string()),
+                Outcome::Delta { .. } => None,
+            })
+            .collect();
+        assert_eq!(voted_for.into_iter().collect::<Vec<_>>(), ["n0", "n1"]);
+        cluster.shutdown().await.unwrap();
     }
 
     #[test]
     fn what_is_remembered_of_ended_requests_is_bounded() {
         let mut ended = Ended::default();
         let many = ENDED_MAX as u32 + 5;
-        (0..many).for_each(|request| ended.insert(end_of(request, 0).rd, 1));
+        (0..many).for_each(|request| ended.insert(Key::of(&end_of(request, 0)).run, 1));
         assert_eq!((ended.order.len(), ended.attempts.len()), (ENDED_MAX, ENDED_MAX));
         assert!(!ended.is_late(&end_of(0, 1)) && ended.is_late(&end_of(many - 1, 1)));
     }

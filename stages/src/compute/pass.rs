@@ -9,7 +9,9 @@ use std::sync::Arc;
 use butterfly_kernels::{Path, Pool};
 use butterfly_topology::NodeId;
 use butterfly_topology::plan::Plan;
+use butterfly_verify::NodeIndex;
 
+use crate::compute::Run;
 use crate::compute::session::{self, Effects, OpenError, Place, Session, Work};
 use crate::items::RequestId;
 use crate::model::{ForwardError, Model, SequenceStep, SliceModel, StepOutput};
@@ -27,6 +29,13 @@ pub(crate) struct Open {
     pub(crate) body: butterfly_verify::Request,
     pub(crate) attempt: u32,
     pub(crate) gateway: NodeId,
+    pub(crate) gateway_index: NodeIndex,
+}
+
+impl Open {
+    pub(crate) fn run(&self) -> Run {
+        (self.rd, self.gateway_index)
+    }
 }
 
 /// What a pass works on.
@@ -41,7 +50,7 @@ pub(crate) struct Pass {
 pub(crate) struct Passed {
     pub(crate) sessions: Vec<Session>,
     pub(crate) effects: Effects,
-    pub(crate) refused: Vec<(RequestId, OpenError)>,
+    pub(crate) refused: Vec<(Run, OpenError)>,
     /// The process cannot compute any more.
     pub(crate) fault: Option<ForwardError>,
 }
@@ -113,15 +122,7 @@ impl Slices {
         self.held
             .iter()
             .map(|(index, slice)| {
-                let session = Session::open(
-                    open.rd,
-                    &open.body,
-                    open.attempt,
-                    open.gateway.clone(),
-                    self.place(*index),
-                    &self.model,
-                    Arc::clone(slice),
-                );
+                let session = Session::open(open, self.place(*index), &self.model, Arc::clone(slice));
                 #[cfg(feature = "adversary")]
                 let session = session.map(|mut session| {
                     session.misbehave(self.behaviour);
@@ -143,7 +144,7 @@ impl Pass {
             slices.behaviour.iter().for_each(|behaviour| behaviour.at_open());
             match slices.open(open) {
                 Ok(opened) => sessions.extend(opened),
-                Err(error) => passed.refused.push((open.rd, error)),
+                Err(error) => passed.refused.push((open.run(), error)),
             }
         }
         for (index, slice) in &slices.held {
@@ -163,7 +164,7 @@ fn forward(slices: &Slices, slice: &SliceModel, pool: &Pool, batch: Vec<(&mut Se
     let (mut batch, unfit): (Vec<_>, Vec<_>) =
         batch.into_iter().partition(|(session, work)| session.accepts(work.as_input()));
     for (session, _) in unfit {
-        passed.refused.push((session.rd, OpenError::Unfit("its values do not fit the slice".into())));
+        passed.refused.push((session.run(), OpenError::Unfit("its values do not fit the slice".into())));
     }
     if batch.is_empty() {
         return;

@@ -10,9 +10,11 @@
 use std::sync::Arc;
 
 use butterfly_topology::NodeId;
-use butterfly_verify::{Answer, BoundaryRoot, Digest, Input, Request};
+use butterfly_verify::{Answer, BoundaryRoot, Digest, Input, NodeIndex, Request};
 
+use crate::compute::Run;
 use crate::compute::gate::{Gate, Offer};
+use crate::compute::pass::Open;
 use crate::items::{Boundary, BoundaryValues, Finished, Outcome, RequestId};
 use crate::model::{Architecture, Generation, Messages, Model, Sequence, SliceModel, StepInput, StepOutput};
 
@@ -113,6 +115,7 @@ pub(crate) struct Session {
     pub(crate) rd: RequestId,
     pub(crate) attempt: u32,
     pub(crate) gateway: NodeId,
+    pub(crate) gateway_index: NodeIndex,
     place: Place,
     model: Arc<SliceModel>,
     sequence: Sequence,
@@ -153,15 +156,8 @@ pub(crate) fn positions_max(body: &Request, context_length: usize) -> u32 {
 
 impl Session {
     /// Opens a request: renders and tokenises it again, because a replica vouches for that too.
-    pub(crate) fn open(
-        rd: RequestId,
-        body: &Request,
-        attempt: u32,
-        gateway: NodeId,
-        place: Place,
-        model: &Model,
-        slice: Arc<SliceModel>,
-    ) -> Result<Self, OpenError> {
+    pub(crate) fn open(opened: &Open, place: Place, model: &Model, slice: Arc<SliceModel>) -> Result<Self, OpenError> {
+        let body = &opened.body;
         admit(body, model)?;
         let (prompt, vector) = match &body.input {
             Input::Text { tokens, .. } | Input::Chat { tokens, .. } | Input::Tokens { tokens } => {
@@ -185,9 +181,10 @@ impl Session {
         let is_generating = place.is_last() && generates;
         let first = place.is_first();
         Ok(Self {
-            rd,
-            attempt,
-            gateway,
+            rd: opened.rd,
+            attempt: opened.attempt,
+            gateway: opened.gateway.clone(),
+            gateway_index: opened.gateway_index,
             sequence: slice.new_sequence(),
             model: slice,
             generation: is_generating.then(|| Generation::new(body, model.manifest(), model.tokenizer())),
@@ -215,6 +212,11 @@ impl Session {
     #[cfg(feature = "adversary")]
     pub(crate) fn misbehave(&mut self, behaviour: Option<Behaviour>) {
         self.behaviour = behaviour;
+    }
+
+    /// The request, and whose it is.
+    pub(crate) fn run(&self) -> Run {
+        (self.rd, self.gateway_index)
     }
 
     /// Whether the outcome has been told.
@@ -476,7 +478,7 @@ impl Session {
     }
 
     fn boundary(&self, slice: u16, position: u32, values: BoundaryValues) -> Boundary {
-        Boundary { rd: self.rd, attempt: self.attempt, slice, position, values }
+        Boundary { rd: self.rd, gateway: self.gateway_index, attempt: self.attempt, slice, position, values }
     }
 
     #[cfg(feature = "adversary")]

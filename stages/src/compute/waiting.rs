@@ -31,7 +31,7 @@ impl Waiting {
         }
         if weight <= PEER_BYTES_MAX {
             *self.bytes.entry(from.clone()).or_default() += weight;
-            self.values.entry((boundary.rd, boundary.slice)).or_default().push((from, boundary));
+            self.values.entry(Key::of(&boundary)).or_default().push((from, boundary));
         }
     }
 
@@ -61,14 +61,14 @@ impl Waiting {
 
 #[cfg(test)]
 mod tests {
-    use butterfly_verify::Digest;
+    use butterfly_verify::{Digest, NodeIndex};
 
     use super::*;
     use crate::items::BoundaryValues;
 
     fn rows(request: u8, bytes: usize) -> Boundary {
         let values = BoundaryValues::Rows { width: 1, rows: vec![0.0; bytes / 4].into() };
-        Boundary { rd: Digest([request; 32]), attempt: 1, slice: 1, position: 0, values }
+        Boundary { rd: Digest([request; 32]), gateway: NodeIndex(0), attempt: 1, slice: 1, position: 0, values }
     }
 
     fn senders(taken: &[(NodeId, Boundary)]) -> Vec<&str> {
@@ -86,7 +86,7 @@ mod tests {
             assert!(waiting.bytes_of(&hostile) <= PEER_BYTES_MAX);
         }
         waiting.keep(hostile.clone(), rows(9, 2 * PEER_BYTES_MAX));
-        let kept = waiting.take(&(Digest([1; 32]), 1));
+        let kept = waiting.take(&Key::of(&rows(1, 0)));
         assert_eq!(senders(&kept), ["honest"]);
         assert_eq!((waiting.bytes_of(&honest), waiting.bytes_of(&hostile)), (0, 0));
         assert!(waiting.values.is_empty());
@@ -99,9 +99,9 @@ mod tests {
         for position in 0..3 {
             waiting.keep(peer.clone(), Boundary { position, ..rows(1, 8) });
         }
-        let taken = waiting.take(&(Digest([1; 32]), 1));
+        let taken = waiting.take(&Key::of(&rows(1, 0)));
         assert_eq!(taken.iter().map(|(_, boundary)| boundary.position).collect::<Vec<_>>(), [0, 1, 2]);
-        assert!(waiting.take(&(Digest([1; 32]), 1)).is_empty());
+        assert!(waiting.take(&Key::of(&rows(1, 0))).is_empty());
         assert_eq!(waiting.bytes_of(&peer), 0);
     }
 }

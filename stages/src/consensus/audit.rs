@@ -7,7 +7,7 @@
 use std::collections::{BTreeMap, VecDeque};
 
 use butterfly_topology::NodeId;
-use butterfly_verify::{Digest, EvidenceKind, NodeIndex, Vote, work_tag};
+use butterfly_verify::{Digest, NodeIndex, Vote, work_tag};
 
 use crate::consensus::wire::BadTag;
 use crate::items::{Finished, RequestId};
@@ -16,19 +16,6 @@ use crate::items::{Finished, RequestId};
 const OUTCOMES_MAX: usize = 8192;
 /// Votes of others that wait for the own outcome.
 const WAITING_MAX: usize = 8192;
-
-/// The name of a failed audit.
-pub(crate) const WRONG_TAG: &str = "wrong_tag";
-
-/// A kind of evidence as a word.
-pub(crate) fn kind_name(kind: EvidenceKind) -> &'static str {
-    match kind {
-        EvidenceKind::Equivocation => "equivocation",
-        EvidenceKind::WrongOutput => "wrong_output",
-        EvidenceKind::WrongInput => "wrong_input",
-        EvidenceKind::WrongTag => WRONG_TAG,
-    }
-}
 
 type Key = (RequestId, u16);
 

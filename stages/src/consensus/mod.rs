@@ -21,7 +21,7 @@ use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::telemetry::{Event, Mark, PhaseLabels, VerificationResult};
 use butterfly_engine::transport::{Delivery, PeerPort, PeerSender};
 use butterfly_topology::NodeId;
-use butterfly_verify::{Ballot, Evidence, NodeIndex, SignedBallot, Vote, work_tag};
+use butterfly_verify::{Ballot, Evidence, EvidenceKind, Grade, NodeIndex, SignedBallot, Vote, work_tag};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
@@ -153,7 +153,8 @@ impl State {
                     let audience = self.audience(&finished);
                     let failed = self.audits.finished(&finished);
                     self.report(&finished.gateway, failed);
-                    ballots.entry(audience).or_default().push(self.ballot(*finished));
+                    let cast = self.ballots_of(*finished);
+                    ballots.entry(audience).or_default().extend(cast);
                 }
             }
         }
@@ -179,16 +180,16 @@ impl State {
         audience
     }
 
-    fn ballot(&self, finished: Finished) -> Ballot {
+    /// The ballot for an own outcome; a liar may cast others.
+    fn ballots_of(&self, finished: Finished) -> Vec<Ballot> {
         let Finished { rd, slice, positions, input_root, output_root, interior, answer, .. } = finished;
         let tag = work_tag(self.services.index, &rd, slice, positions, &interior);
         let ballot = Ballot { vote: Vote { rd, slice, positions, input_root, output_root, tag }, answer };
         #[cfg(feature = "adversary")]
-        let ballot = match self.services.behaviour {
-            Some(behaviour) => behaviour.ballot(ballot),
-            None => ballot,
-        };
-        ballot
+        if let Some(behaviour) = self.services.behaviour {
+            return behaviour.ballots(ballot);
+        }
+        vec![ballot]
     }
 
     /// Signs ballots once and sends them to everybody who should hear them.
@@ -323,12 +324,15 @@ impl State {
 
     /// Shows evidence: on the event bus, in the standing, and to commit for keeping.
     fn accused(&mut self, rd: &RequestId, evidence: Evidence) {
-        let kind = audit::kind_name(evidence.kind());
+        let kind = evidence.kind().name();
         let accused = evidence.accused;
-        self.services.standing.accused(accused, kind);
+        let is_changed = self.services.standing.accused(accused, kind, evidence.grade());
         let Some(node) = self.services.node_id(accused) else { return };
         let span = self.services.telemetry.traces().span(&rd.0);
         span.in_scope(|| tracing::warn!(%node, %rd, kind, grade = ?evidence.grade(), "a node was caught"));
+        if is_changed && evidence.grade() == Grade::Proof {
+            tracing::error!(%node, kind, "a node is excluded: it is proven to lie, and gets no more work from this gateway");
+        }
         let metrics = self.services.telemetry.metrics();
         metrics.evidence_total.of(&(&node).into()).inc();
         metrics.node_failures_total.of(&ACCUSED).inc();
@@ -369,13 +373,14 @@ impl State {
             let holds_slice = self.services.epoch.replicas(report.slice).contains(&reporter);
             let Some(open) = self.open.get_mut(&report.rd).filter(|_| holds_slice) else { continue };
             if open.bad_tag(report.slice, report.accused, reporter) == needed {
-                self.services.standing.accused(report.accused, audit::WRONG_TAG);
+                let kind = EvidenceKind::WrongTag;
+                self.services.standing.accused(report.accused, kind.name(), kind.grade());
                 let Some(node) = self.services.node_id(report.accused) else { continue };
                 tracing::warn!(%node, rd = %report.rd, "f+1 replicas say that a node did not do the work it voted on");
                 self.services
                     .telemetry
                     .events()
-                    .emit_with(|| Event::new("accused").node(&node).request(report.rd).with("kind", audit::WRONG_TAG));
+                    .emit_with(|| Event::new("accused").node(&node).request(report.rd).with("kind", kind.name()));
             }
         }
     }
@@ -411,7 +416,7 @@ impl State {
 
     /// Reports whoever did not vote. Silence is unavailability, never lying.
     fn unavailable(&self, rd: &RequestId, open: &Open) {
-        for index in open.silent() {
+        for index in open.silent().into_iter().filter(|index| !self.services.standing.is_excluded(*index)) {
             self.services.standing.silent(index);
             let Some(node) = self.services.node_id(index) else { continue };
             let span = self.services.telemetry.traces().span(&rd.0);

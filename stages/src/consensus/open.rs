@@ -5,7 +5,6 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use butterfly_engine::telemetry::{VerificationLabels, VerificationResult};
-use butterfly_engine::transport::PeerState;
 use butterfly_topology::NodeId;
 use butterfly_verify::{Answer, Audit, Epoch, Evidence, NodeIndex, Receipt, Request, SignedBallot, Tally, TallyEvent};
 
@@ -169,8 +168,7 @@ impl Open {
         let peers = services.peers.borrow();
         services.plan.slices.iter().enumerate().find_map(|(slice, held)| {
             let may_vote = |node: &&NodeId| {
-                **node == services.node
-                    || matches!(peers.get(*node), Some(PeerState::Up { .. }))
+                services.is_useful(node, &peers)
                     || services
                         .epoch
                         .index_of(node.as_ref())

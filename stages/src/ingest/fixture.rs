@@ -104,7 +104,7 @@ impl Fixture {
     }
 }
 
-pub(super) fn epoch(positions_max: u32) -> Epoch {
+pub(crate) fn epoch(positions_max: u32) -> Epoch {
     let key = SigningKey::from_slice(&[1; 32]).unwrap();
     let public: [u8; 33] = key.verifying_key().to_sec1_point(true).as_bytes().try_into().unwrap();
     Epoch::new(EpochParts {

@@ -56,6 +56,8 @@ pub(crate) struct Node {
     reason: Option<String>,
     /// Slices it holds.
     slices: Vec<usize>,
+    /// `good`; `quarantined`: f+1 others contradict it, look into it; `excluded`: proven to lie, gets no work.
+    standing: &'static str,
     conduct: Record,
 }
 
@@ -113,8 +115,9 @@ pub(crate) fn nodes(services: &crate::services::Services) -> Vec<Node> {
             plan.replicas.contains(&spec.id).then_some(slice)
         };
         let index = services.epoch.index_of(spec.id.as_ref());
-        let Conduct { agreed, accused, silent } =
-            index.and_then(|index| conduct.get(&index).cloned()).unwrap_or_default();
+        let conduct = index.and_then(|index| conduct.get(&index).cloned()).unwrap_or_default();
+        let standing = conduct.standing();
+        let Conduct { agreed, accused, silent, .. } = conduct;
         Node {
             id: spec.id.to_string(),
             is_self: spec.id == services.node,
@@ -122,6 +125,7 @@ pub(crate) fn nodes(services: &crate::services::Services) -> Vec<Node> {
             rtt_ms,
             reason,
             slices: services.plan.slices.iter().enumerate().filter_map(holds).collect(),
+            standing,
             conduct: Record { agreed, silent, accused },
         }
     };

@@ -32,7 +32,7 @@ mod embeddings;
 mod errors;
 mod fields;
 #[cfg(test)]
-mod fixture;
+pub(crate) mod fixture;
 mod gate;
 mod gateway;
 mod health;

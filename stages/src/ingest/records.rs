@@ -24,6 +24,7 @@ use super::routes::Front;
 use crate::commit::{Outcome, Record, TaskKind};
 use crate::error::TaskError;
 use crate::model::Architecture;
+use crate::standing::evidence_id;
 
 /// Pieces of evidence in one response at most.
 const EVIDENCE_SHOWN_MAX: usize = 1024;
@@ -106,14 +107,17 @@ pub(super) async fn receipt(
 struct Kept {
     object: &'static str,
     data: Vec<Evidence>,
+    /// The ids of `data`, in its order: what the operator names to set a piece aside.
+    ids: Vec<Digest>,
 }
 
 /// `GET /v1/evidence`: what this node holds against others, for anyone to check.
 pub(super) async fn evidence(State(front): State<Arc<Front>>) -> Result<Response, Failure> {
     let kept = front.gateway.read(|journal| journal.kept_evidence(EVIDENCE_SHOWN_MAX)).await?;
     // What was written by another version is left out.
-    let data = kept.iter().filter_map(|bytes| serde_json::from_slice(bytes).ok()).collect();
-    Ok(Json(Kept { object: "list", data }).into_response())
+    let read = kept.iter().filter_map(|bytes| Some((serde_json::from_slice(bytes).ok()?, evidence_id(bytes))));
+    let (data, ids) = read.unzip();
+    Ok(Json(Kept { object: "list", data, ids }).into_response())
 }
 
 /// `GET /v1/epoch`.

@@ -6,7 +6,7 @@
 //!
 //! Nothing here waits for a peer. A peer whose credits are used up loses the frame and with it its vote on that request; f+1
 //! of the others decide without it, so one stalled node cannot hold up the rest. An honest node's inbox takes all that
-//! permits allow to be in flight, so only a stalled one is shed.
+//! permits allow to be in flight, so only a stalled one is shed. A node that is proven to lie is sent nothing.
 
 pub mod wire;
 
@@ -167,8 +167,10 @@ impl TransferStage {
         }
     }
 
+    /// Everybody who holds a slice and is not excluded.
     fn replicas(&self) -> BTreeSet<&NodeId> {
-        self.services.plan.slices.iter().flat_map(|slice| &slice.replicas).collect()
+        let replicas = self.services.plan.slices.iter().flat_map(|slice| &slice.replicas);
+        replicas.filter(|node| !self.services.is_excluded(node)).collect()
     }
 
     /// Sends boundary values to the replicas of the slice that takes them.
@@ -179,17 +181,15 @@ impl TransferStage {
         }
         for boundary in batch {
             let Some(slice) = self.services.plan.slices.get(usize::from(boundary.slice)) else { continue };
-            let frame =
-                match wire::boundary(boundary) {
-                    Ok(frame) => frame,
-                    Err(error) => {
-                        self.services.telemetry.traces().span(&boundary.rd.0).in_scope(
-                            || tracing::error!(rd = %boundary.rd, %error, "boundary values do not fit a frame"),
-                        );
-                        continue;
-                    }
-                };
-            for node in &slice.replicas {
+            let frame = match wire::boundary(boundary) {
+                Ok(frame) => frame,
+                Err(error) => {
+                    let span = self.services.telemetry.traces().span(&boundary.rd.0);
+                    span.in_scope(|| tracing::error!(rd = %boundary.rd, %error, "boundary values do not fit a frame"));
+                    continue;
+                }
+            };
+            for node in slice.replicas.iter().filter(|node| !self.services.is_excluded(node)) {
                 if let Err(error) = peers.try_send(node, frame.clone()) {
                     tracing::debug!(%node, %error, "boundary values were shed");
                 }

@@ -7,7 +7,7 @@
 
 use butterfly_engine::frame::{Frame, FrameBuilder, FrameError};
 use butterfly_engine::telemetry::{REQUEST_ID_BYTES_MAX, TraceContext};
-use butterfly_verify::Digest;
+use butterfly_verify::{Digest, NodeIndex};
 use bytes::Bytes;
 
 use crate::items::{Boundary, BoundaryValues, RequestId};
@@ -39,6 +39,8 @@ pub struct BoundaryMeta {
     pub width: u32,
     /// The slice that takes them.
     pub slice: u16,
+    /// The gateway's place in the roster.
+    pub gateway: u16,
     /// 0 rows (f32), 1 tokens (u32), 2 the end, 3 a row that is not finite.
     pub content: u8,
 }
@@ -144,6 +146,7 @@ pub fn boundary(boundary: &Boundary) -> Result<Frame, FrameError> {
         rows: rows as u32,
         width,
         slice: boundary.slice,
+        gateway: boundary.gateway.0,
         content,
     };
     Frame::tensor(&meta, payload)
@@ -212,6 +215,7 @@ fn read_boundary(frame: &Frame) -> Result<Message, WireError> {
     };
     Ok(Message::Boundary(Boundary {
         rd: Digest(meta.rd),
+        gateway: NodeIndex(meta.gateway.to_native()),
         attempt: meta.attempt.to_native(),
         slice: meta.slice.to_native(),
         position: meta.position.to_native(),
@@ -224,9 +228,9 @@ mod tests {
     use super::*;
 
     fn round_trip(values: BoundaryValues) -> BoundaryValues {
-        let sent = Boundary { rd: Digest([7; 32]), attempt: 3, slice: 1, position: 9, values };
+        let sent = Boundary { rd: Digest([7; 32]), gateway: NodeIndex(2), attempt: 3, slice: 1, position: 9, values };
         let Message::Boundary(got) = read(&boundary(&sent).unwrap()).unwrap() else { panic!("a boundary") };
-        assert_eq!((got.rd, got.attempt, got.slice, got.position), (sent.rd, 3, 1, 9));
+        assert_eq!((got.rd, got.gateway, got.attempt, got.slice, got.position), (sent.rd, NodeIndex(2), 3, 1, 9));
         got.values
     }
 
@@ -249,7 +253,8 @@ mod tests {
         for (rows, width, content) in
             [(3, 4, CONTENT_ROWS), (2, 0, CONTENT_ROWS), (u32::MAX, 1, CONTENT_TOKENS), (2, 4, 9)]
         {
-            let meta = BoundaryMeta { rd: [0; 32], attempt: 0, position: 0, rows, width, slice: 0, content };
+            let meta =
+                BoundaryMeta { rd: [0; 32], attempt: 0, position: 0, rows, width, slice: 0, gateway: 0, content };
             let frame = Frame::tensor(&meta, &[0; 32]).unwrap();
             assert!(matches!(read(&frame), Err(WireError::Shape { .. })), "{rows} x {width}, content {content}");
         }

@@ -93,6 +93,16 @@ pub enum Grade {
 }
 
 impl EvidenceKind {
+    /// The kind as a word.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Equivocation => "equivocation",
+            Self::WrongOutput => "wrong_output",
+            Self::WrongInput => "wrong_input",
+            Self::WrongTag => "wrong_tag",
+        }
+    }
+
     /// What follows from evidence of this kind.
     pub fn grade(self) -> Grade {
         match self {
