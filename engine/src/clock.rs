@@ -102,6 +102,13 @@ impl ManualClock {
         Self { shared: Arc::new(Shared { state: Mutex::new(state), sleepers: watch::Sender::new(0) }) }
     }
 
+    /// Sets the calendar, as when somebody corrects the machine's clock. Moments do not change, and nobody is woken.
+    pub fn correct(&self, unix_ms: u64) {
+        let mut state = self.shared.lock();
+        let since_origin = u64::try_from(state.now.as_millis()).unwrap_or(u64::MAX);
+        state.unix_ms_at_origin = unix_ms.saturating_sub(since_origin);
+    }
+
     /// Moves time forward and wakes every sleeper whose moment has come, earliest first.
     pub fn advance(&self, duration: Duration) {
         let mut state = self.shared.lock();

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use butterfly_engine::channel::Item;
 use butterfly_topology::NodeId;
 use butterfly_topology::plan::Plan;
-use butterfly_verify::{Answer, Digest, Evidence, Input, NodeIndex, Receipt};
+use butterfly_verify::{Answer, CheckpointCertificate, Digest, Evidence, Input, NodeIndex, Receipt};
 use serde_json::Value;
 
 use crate::error::TaskError;
@@ -211,6 +211,15 @@ pub enum Decided {
         /// Why.
         error: TaskError,
     },
+    /// A checkpoint of this gateway is to be kept.
+    Checkpoint {
+        /// The checkpoint, and who vouches for it.
+        certificate: Box<CheckpointCertificate>,
+        /// The number of its last receipt in the log.
+        through: u64,
+        /// Whether enough vouch for it.
+        is_certified: bool,
+    },
     /// A node was caught; kept beside the receipts.
     Accused {
         /// The signed votes that show it.
@@ -312,7 +321,7 @@ impl Item for Decided {
             Self::Certified { answer, receipt, .. } => {
                 answer_bytes(answer) + receipt.slices.len() * SLICE_CERTIFICATE_BYTES
             }
-            Self::Failed { .. } => size_of::<Self>(),
+            Self::Failed { .. } | Self::Checkpoint { .. } => size_of::<Self>(),
             Self::Accused { .. } => size_of::<Self>() + 2 * SLICE_CERTIFICATE_BYTES,
         }
     }

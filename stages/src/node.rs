@@ -273,9 +273,12 @@ impl Node {
         std::fs::create_dir_all(&data_dir).map_err(|source| NodeError::DataDir { path: data_dir.clone(), source })?;
         foundation.model.keep_packed(PackedWeights::new(data_dir.join("packed")));
         let journal = Journal::open(&data_dir.join(log_name(&topology)))?;
+        journal.claim(&format!("{}/{node}", topology.cluster.name))?;
         let board =
             Arc::new(Board::new(Arc::clone(&journal), Arc::clone(&telemetry), Arc::clone(&clock), Room::of(&topology)));
         let epoch = Arc::clone(&foundation.epoch);
+        let since = journal.restore(&epoch)?;
+        tracing::info!(%node, receipts = journal.covered() + since, since_checkpoint = since, "the log is restored");
         let set_aside = SetAside::read(&data_dir.join(SET_ASIDE_FILE))?;
         let standing = Arc::new(Standing::new(&journal.kept_evidence(EVIDENCE_READ_MAX)?, &epoch, &set_aside));
         let index = epoch.index_of(node.as_ref()).ok_or_else(|| unknown(&topology, &node))?;

@@ -200,7 +200,15 @@ pub const COMMIT: KindSignature = KindSignature {
     doc: "journals receipts and answers clients",
     inputs: &[port("decided", "Decided")],
     outputs: &[],
-    keys: &[key("log", "the durable log, under the node's data directory", ValueSpec::Path, Some("commit.redb"))],
+    keys: &[
+        key("log", "the durable log, under the node's data directory", ValueSpec::Path, Some("commit.redb")),
+        key(
+            "checkpoint_every",
+            "receipts that a checkpoint covers at most; fewer are covered after 10 s",
+            ValueSpec::Integer { min: 1, max: 1024 },
+            Some("1024"),
+        ),
+    ],
     networked: false,
     full: &[WhenFull::Wait],
 };

@@ -7,16 +7,18 @@
 //! bytes; after a failed transaction the log takes nothing more, so that nothing later is durable while something earlier is
 //! not.
 //!
-//! It refuses to know who waits for an answer, and whether one is right.
+//! It refuses to know who waits for an answer, and when a checkpoint is due.
 
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::JoinHandle;
 
+use butterfly_verify::checkpoint::CHECKPOINT_RECEIPTS_MAX;
+use butterfly_verify::{Answer, CheckpointCertificate, Digest, Entry, Epoch};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::log::{Change, Log};
-pub use super::log::{JournalError, TASK_ID_BYTES_MAX};
+pub use super::log::{Checkpointed, JournalError, TASK_ID_BYTES_MAX};
 pub use super::record::{Accepted, Open, Outcome, Record, RetryKey, Settled, TaskKind};
 use crate::items::RequestId;
 
@@ -38,6 +40,19 @@ pub struct Journal {
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
+/// Receipts that the next checkpoint covers.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Segment {
+    /// The number of the checkpoint.
+    pub sequence: u64,
+    /// The digest of the one before; zeros before the first.
+    pub previous: Digest,
+    /// The receipts; none when there are no new ones.
+    pub entries: Vec<Entry>,
+    /// The number of the last of them.
+    pub through: u64,
+}
+
 /// Changes that one caller wants made, in one transaction.
 #[derive(Debug)]
 struct Call {
@@ -53,7 +68,11 @@ impl Journal {
     /// When another process has it open, when it was written in another layout, when it is damaged or something else
     /// than a log, and when the file system refuses.
     pub fn open(path: &Path) -> Result<Arc<Self>, JournalError> {
-        let log = Arc::new(Log::open(path)?);
+        Self::over(Log::open(path)?, path)
+    }
+
+    fn over(log: Log, path: &Path) -> Result<Arc<Self>, JournalError> {
+        let log = Arc::new(log);
         let (calls, queue) = mpsc::channel(CALLS_WAITING_MAX);
         let (failed, failure) = watch::channel(None);
         let thread = std::thread::Builder::new().name("butterfly-journal".to_owned());
@@ -71,6 +90,14 @@ impl Journal {
             failure,
             thread: Mutex::new(Some(thread)),
         }))
+    }
+
+    /// Makes the log that of a node; `node` names it and its cluster. It writes the file: a short blocking call.
+    ///
+    /// # Errors
+    /// When it is another's, and when the log cannot be written.
+    pub fn claim(&self, node: &str) -> Result<(), JournalError> {
+        self.log.claim(node)
     }
 
     /// The file.
@@ -192,6 +219,100 @@ impl Journal {
     /// When the log cannot be read.
     pub fn newest_receipts(&self, max: usize) -> Result<Vec<(Accepted, Vec<u8>)>, JournalError> {
         self.log.newest_receipts(max)
+    }
+
+    /// Records that receipts up to a number are in a checkpoint.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub async fn checkpoint(&self, checkpointed: Checkpointed) -> Result<(), JournalError> {
+        self.change(vec![Change::Checkpoint(checkpointed)]).await.map(drop)
+    }
+
+    /// Receipts that are in no checkpoint yet.
+    #[must_use]
+    pub fn uncovered(&self) -> u64 {
+        let (receipts, covered) = self.log.receipts();
+        receipts - covered
+    }
+
+    /// Receipts that are in checkpoints.
+    #[must_use]
+    pub fn covered(&self) -> u64 {
+        self.log.receipts().1
+    }
+
+    /// What the next checkpoint covers, at most so many receipts. It reads the file: a short blocking call.
+    ///
+    /// # Errors
+    /// When the log cannot be read.
+    pub fn next_segment(&self, epoch: &Epoch, receipts_max: usize) -> Result<Segment, JournalError> {
+        let last = self.log.last_checkpoint()?;
+        let (sequence, covered) = last.as_ref().map_or((0, 0), |last| (last.sequence, last.through));
+        let previous = match &last {
+            Some(last) => self.certificate(last)?.checkpoint.digest(epoch),
+            None => Digest::default(),
+        };
+        let entries = self.entries_after(covered, receipts_max)?;
+        let through = covered.saturating_add(entries.len() as u64);
+        Ok(Segment { sequence: sequence.saturating_add(1), previous, entries, through })
+    }
+
+    /// Checks the last checkpoint and everything after it, which is all that a start relies on: the certificate's signatures
+    /// and its receipts, then each later receipt against the record it is of. Returns how many later ones there are. What is
+    /// older is checked when it is read. It reads the file.
+    ///
+    /// # Errors
+    /// When something does not hold: the log is damaged.
+    pub fn restore(&self, epoch: &Epoch) -> Result<u64, JournalError> {
+        let last = self.log.last_checkpoint()?;
+        let covered = last.as_ref().map_or(0, |last| last.through);
+        if let Some(last) = &last {
+            let certificate = self.certificate(last)?;
+            let from = self.log.checkpoint_before(last.sequence)?.map_or(0, |before| before.through);
+            let count = usize::try_from(last.through.saturating_sub(from)).unwrap_or(usize::MAX);
+            let entries = self.entries_after(from, count.min(CHECKPOINT_RECEIPTS_MAX))?;
+            // Checkpoints of other epochs, and those for which too few vouched, say nothing here.
+            if certificate.check(epoch).is_ok() && !certificate.checkpoint.covers(epoch, &entries) {
+                return Err(self.damaged(format!("the receipts of checkpoint {} are not its own", last.sequence)));
+            }
+        }
+        let mut number = covered;
+        loop {
+            let entries = self.entries_after(number, CHECKPOINT_RECEIPTS_MAX)?;
+            if entries.is_empty() {
+                return Ok(number - covered);
+            }
+            for entry in &entries {
+                number = number.saturating_add(1);
+                let record = self.record(&entry.rd)?;
+                let answer = match record.as_ref().and_then(|record| record.outcome.as_ref()) {
+                    Some(Outcome::Certified { answer, .. }) => Some(Answer::root_of(answer)),
+                    _ => None,
+                };
+                if answer != Some(entry.answer_root) {
+                    return Err(self.damaged(format!("receipt {number} is not that of its request")));
+                }
+            }
+        }
+    }
+
+    fn certificate(&self, checkpointed: &Checkpointed) -> Result<CheckpointCertificate, JournalError> {
+        serde_json::from_slice(&checkpointed.certificate)
+            .map_err(|error| self.damaged(format!("checkpoint {}: {error}", checkpointed.sequence)))
+    }
+
+    fn entries_after(&self, number: u64, max: usize) -> Result<Vec<Entry>, JournalError> {
+        let entry = |bytes: [u8; 64]| {
+            let (rd, answer_root) = bytes.split_at(32);
+            let digest = |half: &[u8]| Digest(std::array::from_fn(|at| half.get(at).copied().unwrap_or(0)));
+            Entry { rd: digest(rd), answer_root: digest(answer_root) }
+        };
+        Ok(self.log.receipts_after(number, max)?.into_iter().map(entry).collect())
+    }
+
+    fn damaged(&self, reason: String) -> JournalError {
+        JournalError::Damaged { path: self.path.clone(), reason }
     }
 
     /// The error after which nothing more is recorded, if there was one.

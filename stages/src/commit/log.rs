@@ -6,12 +6,14 @@
 //! Invariants: a transaction is whole or absent, whatever kills the process; a request is settled at most once, and the first
 //! settlement stays; what is open is exactly what was accepted and not settled.
 //!
-//! It refuses to know threads, and what the stored bytes mean.
+//! It refuses to know threads, and what the stored bytes mean, but for the root of an answer.
 
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
 
+use butterfly_verify::Answer;
 use redb::{
     Database, DatabaseError, ReadableDatabase, ReadableTable, StorageError, TableDefinition, TableError,
     WriteTransaction,
@@ -23,6 +25,8 @@ use crate::items::RequestId;
 
 /// Version of the layout below. A log of another version is refused.
 const VERSION: u64 = 2;
+/// Files up to this size are checked as a whole when they are opened.
+const WHOLE_BYTES_MAX: u64 = 1 << 30;
 /// Memory for cached pages, in bytes.
 const CACHE_BYTES: usize = 32 << 20;
 /// Longest task id, in bytes.
@@ -37,6 +41,12 @@ const OUTCOMES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("outcomes
 const OPEN: TableDefinition<'_, u64, u32> = TableDefinition::new("open");
 /// The latest request under a client's key for retries, and what else that key was used with.
 const KEYS: TableDefinition<'_, &[u8; 32], (u64, &[u8; 32])> = TableDefinition::new("keys");
+/// Whose log it is, under `node`.
+const OWNER: TableDefinition<'_, &str, &str> = TableDefinition::new("owner");
+/// Certified requests in the order of their receipts, from 1: request id and root of the answer.
+const RECEIPTS: TableDefinition<'_, u64, &[u8; 64]> = TableDefinition::new("receipts");
+/// Checkpoints by their number: the number of the last receipt (8 bytes), then the certificate.
+const CHECKPOINTS: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("checkpoints");
 /// Evidence by its digest, so that the same piece is kept once.
 const EVIDENCE: TableDefinition<'_, &[u8; 32], &[u8]> = TableDefinition::new("evidence");
 
@@ -66,6 +76,16 @@ pub enum JournalError {
         /// What shows it.
         reason: String,
     },
+    /// The log of another node.
+    #[error("{}: the log belongs to {found}, and this node is {node}; give each node a data directory of its own", path.display())]
+    Owner {
+        /// The file.
+        path: PathBuf,
+        /// Whose it is.
+        found: String,
+        /// Who opens it.
+        node: String,
+    },
     /// The file was changed or cut from outside.
     #[error("{}: the log is damaged ({reason}); restore it from a copy, or move it away to begin a new log: \
              receipts in it are lost to this node, and requests that were open are not resumed", path.display())]
@@ -91,6 +111,17 @@ pub enum JournalError {
     Closed,
 }
 
+/// A checkpoint as it is kept.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Checkpointed {
+    /// Its number.
+    pub sequence: u64,
+    /// The number of its last receipt.
+    pub through: u64,
+    /// The certificate, as JSON.
+    pub certificate: Vec<u8>,
+}
+
 /// One change.
 #[derive(Debug)]
 pub(super) enum Change {
@@ -104,6 +135,8 @@ pub(super) enum Change {
     Restart(RequestId),
     /// A node was caught.
     Evidence(Vec<u8>),
+    /// Receipts up to a number are in a checkpoint.
+    Checkpoint(Checkpointed),
 }
 
 impl Change {
@@ -115,6 +148,7 @@ impl Change {
                 Self::Settle(settled) => settled.outcome.size_bytes(),
                 Self::Restart(_) | Self::Key(..) => 0,
                 Self::Evidence(bytes) => bytes.len(),
+                Self::Checkpoint(checkpointed) => checkpointed.certificate.len(),
             }
     }
 }
@@ -124,21 +158,34 @@ impl Change {
 pub(super) struct Log {
     path: PathBuf,
     database: Database,
+    /// Whether the file is too large to be read as a whole at every start.
+    is_large: bool,
+    receipts: AtomicU64,
+    covered: AtomicU64,
 }
 
 impl Log {
-    /// Opens the log, or begins one where there is no file. The integrity of a log is checked whenever it is opened, which
-    /// reads all of it.
+    /// Opens the log, or begins one where there is no file.
+    ///
+    /// The integrity of a log of up to [`WHOLE_BYTES_MAX`] is checked whenever it is opened, which reads all of it. Of a larger
+    /// one what is open, the last checkpoint and the receipts after it are checked at a start, and every other record when it
+    /// is read. Its commits save what a recovery needs, so that not even a crash makes the next start read everything.
     pub(super) fn open(path: &Path) -> Result<Self, JournalError> {
+        Self::open_whole_up_to(path, WHOLE_BYTES_MAX)
+    }
+
+    pub(super) fn open_whole_up_to(path: &Path, whole_bytes_max: u64) -> Result<Self, JournalError> {
         let exists = path.try_exists().map_err(|error| storage(path, &error))?;
         if !exists {
             return Self::begin(path);
         }
         let mut builder = Database::builder();
-        builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(true);
+        let is_large = fs::metadata(path).map_err(|error| storage(path, &error))?.len() > whole_bytes_max;
+        builder.set_cache_size(CACHE_BYTES).set_check_integrity_on_open(!is_large);
         let database = builder.open(path).map_err(|error| opening(path, error))?;
-        let log = Self { path: path.to_owned(), database };
+        let log = Self::new(path, database, is_large);
         log.check_version()?;
+        log.count()?;
         // Another link to this file, if a process was killed between naming it and this.
         let _ = fs::remove_file(unfinished(path));
         Ok(log)
@@ -160,23 +207,111 @@ impl Log {
             }
             Err(error) => return Err(opening(path, error)),
         };
-        let log = Self { path: path.to_owned(), database };
+        failpoint("created");
+        let log = Self::new(path, database, false);
         log.write(|transaction| {
             transaction.open_table(META)?.insert("version", VERSION)?;
             Tables::open(transaction).map(drop)
         })?;
-        let named = fs::hard_link(&unfinished, path).and_then(|()| fs::remove_file(&unfinished));
+        let named = fs::hard_link(&unfinished, path).and_then(|()| {
+            failpoint("linked");
+            fs::remove_file(&unfinished)
+        });
+        failpoint("named");
         named.and_then(|()| sync_directory(path)).map_err(|error| storage(path, &error))?;
         Ok(log)
+    }
+
+    /// Makes the log that of a node; `node` names it and its cluster.
+    ///
+    /// # Errors
+    /// When it is another's.
+    pub(super) fn claim(&self, node: &str) -> Result<(), JournalError> {
+        let found = self.write(|transaction| {
+            let mut owner = transaction.open_table(OWNER)?;
+            let found = owner.get("node")?.map(|found| found.value().to_owned());
+            if found.is_none() {
+                owner.insert("node", node)?;
+            }
+            Ok(found)
+        })?;
+        match found {
+            Some(found) if found != node => {
+                Err(JournalError::Owner { path: self.path.clone(), found, node: node.to_owned() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// A log over storage that a test controls.
+    #[cfg(test)]
+    pub(super) fn over(path: &Path, storage: impl redb::StorageBackend) -> Result<Self, JournalError> {
+        let database = Database::builder().create_with_backend(storage).map_err(|error| opening(path, error))?;
+        Ok(Self::new(path, database, false))
+    }
+
+    fn new(path: &Path, database: Database, is_large: bool) -> Self {
+        let (receipts, covered) = (AtomicU64::new(0), AtomicU64::new(0));
+        Self { path: path.to_owned(), database, is_large, receipts, covered }
+    }
+
+    /// Reads how many receipts there are, and how many of them are in checkpoints.
+    fn count(&self) -> Result<(), JournalError> {
+        let (receipts, covered) = self.read(|transaction| {
+            let last = transaction.open_table(RECEIPTS)?.last()?.map_or(0, |(number, _)| number.value());
+            let covered = match transaction.open_table(CHECKPOINTS)?.last()? {
+                Some((sequence, bytes)) => read_checkpoint(sequence.value(), bytes.value())?.through,
+                None => 0,
+            };
+            Ok((last, covered))
+        })?;
+        self.receipts.store(receipts, Ordering::Relaxed);
+        self.covered.store(covered, Ordering::Relaxed);
+        Ok(())
+    }
+
+    /// Receipts in the log, and those of them that are in checkpoints.
+    pub(super) fn receipts(&self) -> (u64, u64) {
+        let covered = self.covered.load(Ordering::Relaxed);
+        (self.receipts.load(Ordering::Relaxed).max(covered), covered)
+    }
+
+    /// The last checkpoint, if there is one.
+    pub(super) fn last_checkpoint(&self) -> Result<Option<Checkpointed>, JournalError> {
+        self.checkpoint_before(u64::MAX)
+    }
+
+    /// The last checkpoint whose number is below another.
+    pub(super) fn checkpoint_before(&self, sequence: u64) -> Result<Option<Checkpointed>, JournalError> {
+        self.read(|transaction| {
+            let table = transaction.open_table(CHECKPOINTS)?;
+            let last = table.range(..sequence)?.next_back().transpose()?;
+            last.map(|(sequence, bytes)| read_checkpoint(sequence.value(), bytes.value())).transpose()
+        })
+    }
+
+    /// Receipts after a number, at most so many: request ids and roots of answers.
+    pub(super) fn receipts_after(&self, number: u64, max: usize) -> Result<Vec<[u8; 64]>, JournalError> {
+        self.read(|transaction| {
+            let table = transaction.open_table(RECEIPTS)?;
+            table.range(number.saturating_add(1)..)?.take(max).map(|entry| Ok(*entry?.1.value())).collect()
+        })
     }
 
     /// Makes every change in one durable transaction. For each it says whether it had an effect: false for a request that is
     /// known or settled already, and for one that is not known.
     pub(super) fn apply<'a>(&self, changes: impl Iterator<Item = &'a Change>) -> Result<Vec<bool>, JournalError> {
-        self.write(|transaction| {
+        let (effects, receipts, covered) = self.write(|transaction| {
             let mut tables = Tables::open(transaction)?;
-            changes.map(|change| tables.apply(change)).collect()
-        })
+            let effects = changes.map(|change| tables.apply(change)).collect::<Result<_, _>>()?;
+            let receipts = tables.receipts.last()?.map_or(0, |(number, _)| number.value());
+            Ok((effects, receipts, tables.covered))
+        })?;
+        self.receipts.store(receipts, Ordering::Relaxed);
+        if let Some(covered) = covered {
+            self.covered.store(covered, Ordering::Relaxed);
+        }
+        Ok(effects)
     }
 
     /// The record of a request.
@@ -290,10 +425,13 @@ impl Log {
 
     fn write<T>(&self, writer: impl FnOnce(&WriteTransaction) -> Result<T, Fault>) -> Result<T, JournalError> {
         let attempt = || {
-            let transaction = self.database.begin_write()?;
+            let mut transaction = self.database.begin_write()?;
+            transaction.set_quick_repair(self.is_large);
             // An error drops the transaction, which takes every change back.
             let result = writer(&transaction)?;
+            failpoint("applied");
             transaction.commit()?;
+            failpoint("committed");
             Ok(result)
         };
         attempt().map_err(|fault: Fault| fault.at(&self.path))
@@ -309,6 +447,10 @@ struct Tables<'t> {
     open: redb::Table<'t, u64, u32>,
     keys: redb::Table<'t, &'static [u8; 32], (u64, &'static [u8; 32])>,
     evidence: redb::Table<'t, &'static [u8; 32], &'static [u8]>,
+    receipts: redb::Table<'t, u64, &'static [u8; 64]>,
+    checkpoints: redb::Table<'t, u64, &'static [u8]>,
+    /// Receipts in checkpoints, if this transaction makes one.
+    covered: Option<u64>,
 }
 
 impl<'t> Tables<'t> {
@@ -321,6 +463,9 @@ impl<'t> Tables<'t> {
             open: transaction.open_table(OPEN)?,
             keys: transaction.open_table(KEYS)?,
             evidence: transaction.open_table(EVIDENCE)?,
+            receipts: transaction.open_table(RECEIPTS)?,
+            checkpoints: transaction.open_table(CHECKPOINTS)?,
+            covered: None,
         })
     }
 
@@ -333,6 +478,11 @@ impl<'t> Tables<'t> {
             Change::Evidence(bytes) => {
                 let digest: [u8; 32] = Sha256::digest(bytes).into();
                 Ok(self.evidence.insert(&digest, bytes.as_slice())?.is_none())
+            }
+            Change::Checkpoint(Checkpointed { sequence, through, certificate }) => {
+                let bytes = [&through.to_le_bytes()[..], certificate].concat();
+                self.covered = Some(*through);
+                Ok(self.checkpoints.insert(*sequence, bytes.as_slice())?.is_none())
             }
         }
     }
@@ -362,6 +512,14 @@ impl<'t> Tables<'t> {
             return Ok(false);
         }
         self.outcomes.insert(sequence, record::write_outcome(&settled.outcome).as_slice())?;
+        if let Outcome::Certified { answer, .. } = &settled.outcome {
+            let number = self.receipts.last()?.map_or(0, |(number, _)| number.value()).saturating_add(1);
+            let mut receipt = [0; 64];
+            let (rd, answer_root) = receipt.split_at_mut(32);
+            rd.copy_from_slice(settled.rd.as_bytes());
+            answer_root.copy_from_slice(Answer::root_of(answer).as_bytes());
+            self.receipts.insert(number, &receipt)?;
+        }
         Ok(true)
     }
 
@@ -406,6 +564,12 @@ impl From<record::Malformed> for Fault {
     }
 }
 
+fn read_checkpoint(sequence: u64, bytes: &[u8]) -> Result<Checkpointed, Fault> {
+    let (through, certificate) =
+        bytes.split_first_chunk::<8>().ok_or_else(|| Fault::Damaged(format!("checkpoint {sequence} is malformed")))?;
+    Ok(Checkpointed { sequence, through: u64::from_le_bytes(*through), certificate: certificate.to_vec() })
+}
+
 fn missing(table: &str, sequence: u64) -> Fault {
     Fault::Damaged(format!("entry {sequence} is missing in table {table}"))
 }
@@ -431,6 +595,24 @@ fn opening(path: &Path, error: DatabaseError) -> JournalError {
         error => storage(&path, &error),
     }
 }
+
+/// A step at which a test may end the process, as a power cut would.
+#[cfg(test)]
+fn failpoint(step: &str) {
+    use std::sync::atomic::{AtomicU32, Ordering};
+
+    static HITS: AtomicU32 = AtomicU32::new(0);
+    let is_asked = |name: &str, value: &str| std::env::var(name).is_ok_and(|asked| asked == value);
+    if is_asked("BUTTERFLY_TEST_FAILPOINT", step) {
+        let hit = HITS.fetch_add(1, Ordering::Relaxed);
+        if is_asked("BUTTERFLY_TEST_HITS", &hit.to_string()) {
+            std::process::abort();
+        }
+    }
+}
+
+#[cfg(not(test))]
+fn failpoint(_: &str) {}
 
 /// The name of a log that is being begun.
 fn unfinished(path: &Path) -> PathBuf {

@@ -17,12 +17,13 @@ use std::sync::Arc;
 use butterfly_engine::channel::Receiver;
 use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::telemetry::{Event, Mark};
-use butterfly_verify::{Answer, Receipt};
+use butterfly_verify::{Answer, CheckpointCertificate, Receipt};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
 pub use journal::{
-    Accepted, Journal, JournalError, Open, Outcome, Record, RetryKey, Settled, TASK_ID_BYTES_MAX, TaskKind,
+    Accepted, Checkpointed, Journal, JournalError, Open, Outcome, Record, RetryKey, Segment, Settled,
+    TASK_ID_BYTES_MAX, TaskKind,
 };
 
 use crate::error::TaskError;
@@ -70,6 +71,7 @@ impl Stage for CommitStage {
 impl CommitStage {
     async fn commit(&self, batch: Vec<Decided>, context: &StageContext) -> Result<(), StageError> {
         let mut batch = self.sort(batch);
+        self.keep(std::mem::take(&mut batch.checkpoints), context).await?;
         if batch.settled.is_empty() && batch.evidence.is_empty() {
             return Ok(());
         }
@@ -94,6 +96,31 @@ impl CommitStage {
         Ok(())
     }
 
+    /// Records checkpoints, which nobody waits for.
+    async fn keep(
+        &self,
+        checkpoints: Vec<(CheckpointCertificate, u64, bool)>,
+        context: &StageContext,
+    ) -> Result<(), StageError> {
+        for (certificate, through, is_certified) in checkpoints {
+            let sequence = certificate.checkpoint.sequence;
+            let failed = |error: String| StageError::environment("write a checkpoint to the log", error);
+            let certificate = serde_json::to_vec(&certificate).map_err(|error| failed(error.to_string()))?;
+            let written = self.services.journal.checkpoint(Checkpointed { sequence, through, certificate }).await;
+            written.map_err(|error| failed(error.to_string()))?;
+            if is_certified {
+                context.telemetry.metrics().checkpoints_total.inc();
+            }
+            context.telemetry.events().emit_with(|| {
+                Event::new("checkpoint")
+                    .stage(&context.stage)
+                    .with("sequence", sequence)
+                    .with("certified", is_certified)
+            });
+        }
+        Ok(())
+    }
+
     /// Passes tokens on, and sorts the rest into what is written and what is told afterwards.
     fn sort(&self, decisions: Vec<Decided>) -> Batch {
         let mut batch = Batch::default();
@@ -105,6 +132,9 @@ impl CommitStage {
                     if self.services.board.is_living(&rd) {
                         batch.end(rd, Outcome::Failed { error: Failure::from(&error).to_json() }, Err(error));
                     }
+                }
+                Decided::Checkpoint { certificate, through, is_certified } => {
+                    batch.checkpoints.push((*certificate, through, is_certified));
                 }
                 Decided::Accused { evidence } => match serde_json::to_vec(&evidence) {
                     Ok(bytes) => batch.evidence.push(bytes),
@@ -138,6 +168,8 @@ struct Batch {
     /// In the order of `settled`.
     ends: Vec<(RequestId, TaskResult)>,
     evidence: Vec<Vec<u8>>,
+    /// Each with the number of its last receipt, and whether it is certified.
+    checkpoints: Vec<(CheckpointCertificate, u64, bool)>,
 }
 
 impl Batch {

@@ -514,7 +514,7 @@ mod tests {
         state.take(Step::Cancel { rd, gateway: "n2".parse().unwrap() });
         while let Some(pass) = state.next_pass(16) {
             let passed = pass.run(&slices, &pool);
-            state.take_back(passed);
+            state.take_back(passed, Duration::ZERO);
         }
         let voted_for: std::collections::BTreeSet<String> = state
             .outcomes

@@ -77,6 +77,11 @@ impl Audits {
         None
     }
 
+    /// What came out of the own computation of a slice.
+    pub(crate) fn output_root(&self, rd: &RequestId, slice: u16) -> Option<Digest> {
+        self.own.get(&(*rd, slice)).map(|own| own.output_root)
+    }
+
     /// The interior of the own outcome, for the tally's audit.
     pub(crate) fn interior(&self, rd: &RequestId, slice: u16) -> Option<&Digest> {
         self.own.get(&(*rd, slice)).map(|own| &own.interior)

@@ -6,8 +6,11 @@
 //!
 //! A request stays open for a while after it was decided, so that a late vote can still agree or accuse, and so that silence
 //! is told from lying. Time only ever ends waiting; it accuses nobody.
+//!
+//! What the gateway certified goes into checkpoints, for which those vouch who computed it.
 
 mod audit;
+mod checkpoints;
 mod open;
 pub mod wire;
 
@@ -21,11 +24,15 @@ use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::telemetry::{Event, Mark, PhaseLabels, VerificationResult};
 use butterfly_engine::transport::{Delivery, PeerPort, PeerSender};
 use butterfly_topology::NodeId;
-use butterfly_verify::{Ballot, Evidence, EvidenceKind, Grade, NodeIndex, SignedBallot, Vote, work_tag};
+use butterfly_verify::{
+    Ballot, CheckpointFault, Digest, Evidence, EvidenceKind, Grade, NodeIndex, Proposal, SignatureBytes, SignedBallot,
+    Vote, work_tag,
+};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
 use crate::consensus::audit::Audits;
+use crate::consensus::checkpoints::{Checkpoints, Kept, Overdue};
 use crate::consensus::open::{Open, Verdict};
 use crate::consensus::wire::{BadTag, Delta, Message};
 use crate::error::{ButterflyError, CoordinationError};
@@ -97,6 +104,7 @@ impl Stage for ConsensusStage {
                     () = context.clock.sleep(next_sweep.saturating_sub(context.clock.now())) => {
                         next_sweep = context.clock.now() + SWEEP;
                         state.sweep(context.clock.now());
+                        state.tend_checkpoints(context.clock.now());
                     }
                     () = context.shutdown.completing() => break,
                 }
@@ -118,6 +126,7 @@ struct State {
     peers: PeerSender,
     open: BTreeMap<RequestId, Open>,
     audits: Audits,
+    checkpoints: Checkpoints,
     evidence_kept: BTreeMap<(NodeIndex, &'static str), u64>,
     decided: Vec<Decided>,
 }
@@ -126,11 +135,15 @@ impl State {
     fn new(services: Services, peers: PeerSender) -> Self {
         let metrics = services.telemetry.metrics();
         metrics.declare_phases(&[CERTIFIED, CONTRADICTED, SHORT], &[SLICE_CERTIFIED], &[SILENT, ACCUSED]);
+        let commit = services.topology.graph.of_kind("commit").next();
+        let every = commit.and_then(|stage| usize::try_from(stage.config.integer("checkpoint_every")?).ok());
+        let checkpoint_every = every.unwrap_or(usize::MAX);
         Self {
             services,
             peers,
             open: BTreeMap::new(),
             audits: Audits::default(),
+            checkpoints: Checkpoints::new(checkpoint_every),
             evidence_kept: BTreeMap::new(),
             decided: Vec::new(),
         }
@@ -248,6 +261,8 @@ impl State {
             Ok(Message::Ballots(batch)) => self.ballots(context, from, batch),
             Ok(Message::Deltas(deltas)) => self.deltas(from, deltas, context.clock.now()),
             Ok(Message::BadTags(reports)) => self.bad_tags(from, &reports),
+            Ok(Message::Checkpoint(proposal)) => self.checkpoint_came(context, from, proposal),
+            Ok(Message::Vouch(digest, signature)) => self.vouched(from, &digest, signature),
             Err(error) => tracing::warn!(%from, %error, "a peer sent what is no message"),
         }
     }
@@ -383,6 +398,101 @@ impl State {
                     .emit_with(|| Event::new("accused").node(&node).request(report.rd).with("kind", kind.name()));
             }
         }
+    }
+
+    /// Begins a checkpoint when one is due, and asks again or gives up where nobody vouches.
+    fn tend_checkpoints(&mut self, now: Duration) {
+        let journal = &self.services.journal;
+        if self.checkpoints.is_due(now, journal.uncovered(), journal.covered()) {
+            let segment = match journal.next_segment(&self.services.epoch, self.checkpoints.receipts_max()) {
+                Ok(segment) => segment,
+                Err(error) => return tracing::error!(%error, "the receipts of a checkpoint cannot be read"),
+            };
+            let begun = self.checkpoints.begin(now, &self.services.epoch, &self.services.signer, segment);
+            match begun {
+                Ok(Some(proposal)) => self.propose(&proposal),
+                Ok(None) => {}
+                Err(error) => tracing::error!(%error, "a checkpoint could not be signed"),
+            }
+        }
+        match self.checkpoints.overdue(now) {
+            Some(Overdue::AskAgain(proposal)) => self.propose(&proposal),
+            Some(Overdue::GiveUp(kept)) => {
+                tracing::warn!(
+                    sequence = kept.certificate.checkpoint.sequence,
+                    signatures = kept.certificate.signatures.len(),
+                    "a checkpoint is kept without f+1 signatures: replicas that restarted do not know what they computed"
+                );
+                self.keep(kept);
+            }
+            None => {}
+        }
+    }
+
+    /// Sends a checkpoint to the replicas of the last slice, this node among them.
+    fn propose(&mut self, proposal: &Proposal) {
+        let last = self.services.plan.slices.last().map(|slice| slice.replicas.clone()).unwrap_or_default();
+        let frame = wire::checkpoint(&proposal.encode());
+        for node in last {
+            if node == self.services.node {
+                let (digest, signature) = (proposal.checkpoint.digest(&self.services.epoch), proposal.signature);
+                // The publisher's signature is over the same bytes as one that vouches.
+                if self.judge(proposal) {
+                    self.vouched(&node, &digest, signature);
+                }
+            } else if !self.services.is_excluded(&node) {
+                self.send(&node, frame.clone());
+            }
+        }
+    }
+
+    /// Vouches for another's checkpoint if this node found the same.
+    fn checkpoint_came(&mut self, context: &StageContext, from: &NodeId, proposal: &[u8]) {
+        let _verifying = context.states.verifying();
+        let proposal = match Proposal::decode(proposal) {
+            Ok(proposal) => proposal,
+            Err(error) => return tracing::warn!(%from, %error, "a peer sent what is no checkpoint"),
+        };
+        let is_own = self.services.epoch.index_of(from.as_ref()) == Some(proposal.checkpoint.publisher);
+        if !is_own || !self.judge(&proposal) {
+            return;
+        }
+        let epoch = &self.services.epoch;
+        match self.services.signer.sign_checkpoint(epoch, &proposal.checkpoint) {
+            Ok(signature) => self.send(from, wire::vouch(&proposal.checkpoint.digest(epoch), &signature)),
+            Err(error) => tracing::error!(%error, "a checkpoint could not be signed"),
+        }
+    }
+
+    fn judge(&mut self, proposal: &Proposal) -> bool {
+        let Some(last) = self.services.plan.slices.len().checked_sub(1) else { return false };
+        let (audits, publisher) = (&self.audits, proposal.checkpoint.publisher);
+        let computed = |rd: &RequestId| audits.output_root(rd, last as u16);
+        match self.checkpoints.witness.judge(&self.services.epoch, proposal, computed) {
+            Ok(()) => true,
+            // Forgotten in a restart, or shed: this node cannot say.
+            Err(error @ CheckpointFault::Unknown(_)) => {
+                tracing::debug!(?publisher, %error, "not vouching for a checkpoint");
+                false
+            }
+            Err(error) => {
+                tracing::warn!(?publisher, %error, "not vouching for a checkpoint");
+                false
+            }
+        }
+    }
+
+    fn vouched(&mut self, from: &NodeId, digest: &Digest, signature: SignatureBytes) {
+        let Some(signer) = self.services.epoch.index_of(from.as_ref()) else { return };
+        if let Some(kept) = self.checkpoints.vouched(&self.services.epoch, signer, digest, signature) {
+            self.keep(kept);
+        }
+    }
+
+    fn keep(&mut self, kept: Kept) {
+        let Kept { certificate, through, is_certified } = kept;
+        let certificate = Box::new(certificate);
+        self.decided.push(Decided::Checkpoint { certificate, through, is_certified });
     }
 
     /// Ends waiting: late votes after a while, and requests that can no longer get f+1 votes because nodes are gone.

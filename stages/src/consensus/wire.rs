@@ -7,7 +7,7 @@
 use butterfly_engine::frame::{Frame, FrameBuilder, FrameError};
 use butterfly_kernels::LogProbs;
 use butterfly_verify::limits::LOGPROBS_MAX;
-use butterfly_verify::{Digest, NodeIndex};
+use butterfly_verify::{Digest, NodeIndex, SignatureBytes};
 
 use crate::items::RequestId;
 use crate::model::Sampled;
@@ -20,6 +20,8 @@ pub const DELTA_TOKENS_MAX: usize = 4096;
 const KIND_BALLOTS: u8 = 1;
 const KIND_DELTAS: u8 = 2;
 const KIND_AUDITS: u8 = 3;
+const KIND_CHECKPOINT: u8 = 4;
+const KIND_VOUCH: u8 = 5;
 
 /// Tokens that a replica of the last slice sampled.
 #[derive(Debug, Clone, PartialEq)]
@@ -52,6 +54,10 @@ pub enum Message<'a> {
     Deltas(Vec<Delta>),
     /// Failed audits.
     BadTags(Vec<BadTag>),
+    /// A checkpoint of the sender with its receipts, to be opened by `Proposal::decode`.
+    Checkpoint(&'a [u8]),
+    /// The sender vouches for the checkpoint of this digest.
+    Vouch(Digest, SignatureBytes),
 }
 
 /// A message that is none.
@@ -112,6 +118,28 @@ pub fn bad_tags(audits: &[BadTag]) -> Result<Frame, FrameError> {
     Frame::control(&message)
 }
 
+/// Wraps a checkpoint and its receipts.
+///
+/// # Errors
+/// When they exceed what a frame may carry.
+pub fn checkpoint(proposal: &[u8]) -> Result<Frame, FrameError> {
+    let mut frame = FrameBuilder::control(1 + proposal.len())?;
+    frame.push(&[KIND_CHECKPOINT])?;
+    frame.push(proposal)?;
+    frame.finish()
+}
+
+/// Vouches for a checkpoint.
+///
+/// # Errors
+/// When a frame cannot be made.
+pub fn vouch(digest: &Digest, signature: &SignatureBytes) -> Result<Frame, FrameError> {
+    let mut message = vec![KIND_VOUCH];
+    message.extend_from_slice(&digest.0);
+    message.extend_from_slice(&signature.0);
+    Frame::control(&message)
+}
+
 /// Reads a control message.
 ///
 /// # Errors
@@ -122,6 +150,11 @@ pub fn read(message: &[u8]) -> Result<Message<'_>, Malformed> {
         KIND_BALLOTS => Ok(Message::Ballots(rest)),
         KIND_DELTAS => read_all(&mut rest, read_delta).map(Message::Deltas),
         KIND_AUDITS => read_all(&mut rest, read_bad_tag).map(Message::BadTags),
+        KIND_CHECKPOINT => Ok(Message::Checkpoint(rest)),
+        KIND_VOUCH => {
+            let (digest, signature) = (Digest(*take(&mut rest)?), SignatureBytes(*take(&mut rest)?));
+            if rest.is_empty() { Ok(Message::Vouch(digest, signature)) } else { Err(Malformed) }
+        }
         _ => Err(Malformed),
     }
 }
@@ -220,6 +253,17 @@ mod tests {
         fn garbage_is_refused_or_read(bytes in prop::collection::vec(any::<u8>(), 0..400)) {
             let _ = read(&bytes);
         }
+    }
+
+    #[test]
+    fn checkpoints_and_vouching_survive_and_cut_short_do_not() {
+        let (digest, signature) = (Digest([3; 32]), SignatureBytes([4; 64]));
+        let frame = vouch(&digest, &signature).unwrap();
+        let bytes = frame.control_bytes().unwrap();
+        assert_eq!(read(bytes), Ok(Message::Vouch(digest, signature)));
+        assert_eq!(read(&bytes[..96]), Err(Malformed));
+        assert_eq!(read(&[bytes, &[0][..]].concat()), Err(Malformed));
+        assert_eq!(read(checkpoint(b"abc").unwrap().control_bytes().unwrap()), Ok(Message::Checkpoint(b"abc")));
     }
 
     #[test]

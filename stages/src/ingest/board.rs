@@ -24,8 +24,8 @@ use super::errors::Failure;
 use super::reply::ReplySender;
 use crate::commit::{Accepted, Journal, Outcome, Settled, TaskKind};
 use crate::error::{SchedulingError, TaskError};
-use crate::model::Sampled;
 use crate::items::{RequestId, request_bytes};
+use crate::model::Sampled;
 
 /// Clients that wait for one task at most.
 const WAITING_FOR_ONE_MAX: usize = 64;
@@ -50,16 +50,17 @@ pub struct Completed {
 }
 
 impl Completed {
-    /// What the log has of a request that was certified; `None` when it cannot be read.
+    /// What the log has of a request that was certified; `None` when it cannot be read, or is not what was certified: a record
+    /// is checked when it is read, and not only when the log is opened.
     #[must_use]
     pub(super) fn recall(accepted: &Accepted, receipt: &[u8], answer: &[u8]) -> Option<Self> {
-        Some(Self {
-            task_id: accepted.task_id.clone(),
-            request: Request::decode(&accepted.request).ok()?,
-            answer: Answer::decode(answer).ok()?,
-            receipt: serde_json::from_slice(receipt).ok()?,
-            cached: false,
-        })
+        let request = Request::decode(&accepted.request).ok()?;
+        let answer = Answer::decode(answer).ok()?;
+        let receipt: Receipt = serde_json::from_slice(receipt).ok()?;
+        let holds =
+            request.digest() == accepted.rd && receipt.rd == accepted.rd && receipt.answer_root == answer.root();
+        let task_id = accepted.task_id.clone();
+        holds.then_some(Self { task_id, request, answer, receipt, cached: false })
     }
 }
 

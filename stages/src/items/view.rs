@@ -8,7 +8,7 @@
 use butterfly_verify::{Answer, Input};
 use serde_json::{Value, json};
 
-use super::{Boundary, BoundaryValues, Decided, Finished, Outcome, Request, Step};
+use super::{Boundary, BoundaryValues, Decided, Finished, Outcome, Priority, Request, Step};
 use crate::model::Sampled;
 
 /// Numbers of a payload that are shown.
@@ -67,7 +67,8 @@ pub(super) fn boundary(item: &'static str, boundary: &Boundary, payload: bool) -
 pub(super) fn step(step: &Step, payload: bool) -> Value {
     match step {
         Step::Open { rd, body, attempt, gateway } => {
-            let mut view = request("open", &Request { rd: *rd, body: body.clone() }, payload);
+            let mut view =
+                request("open", &Request { rd: *rd, body: body.clone(), priority: Priority::default() }, payload);
             view["attempt"] = json!(attempt);
             view["gateway"] = json!(gateway);
             view
@@ -123,6 +124,12 @@ pub(super) fn decided(decided: &Decided, payload: bool) -> Value {
             view
         }
         Decided::Failed { rd, error } => json!({ "item": "failed", "request": rd, "error": error.to_string() }),
+        Decided::Checkpoint { certificate, through, is_certified } => json!({
+            "item": "checkpoint",
+            "sequence": certificate.checkpoint.sequence,
+            "through": through,
+            "certified": is_certified,
+        }),
         Decided::Accused { evidence } => json!({ "item": "accused", "accused": evidence.accused.0 }),
     }
 }

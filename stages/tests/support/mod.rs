@@ -63,10 +63,21 @@ impl Processes {
     }
 
     pub fn spawn(&mut self, index: usize) {
+        self.spawn_under(index, &[]);
+    }
+
+    /// Starts a node whose files cannot grow beyond a size, as on a disk that is full.
+    pub fn spawn_on_full_disk(&mut self, index: usize, file_bytes_max: u64) {
+        let limited = format!("trap '' XFSZ; exec prlimit --fsize={file_bytes_max} \"$@\"");
+        self.spawn_under(index, &["sh", "-c", &limited, "sh"]);
+    }
+
+    fn spawn_under(&mut self, index: usize, before: &[&str]) {
         let log = self.folder.path().join(format!("{}.log", self.nodes[index]));
         let log = std::fs::OpenOptions::new().create(true).append(true).open(log).unwrap();
-        let child = Command::new(env!("CARGO_BIN_EXE_butterfly"))
-            .arg("serve")
+        let mut words = before.iter().copied().chain([env!("CARGO_BIN_EXE_butterfly"), "serve"]);
+        let child = Command::new(words.next().unwrap())
+            .args(words)
             .arg(self.folder.path().join("topology.toml"))
             .args(["--node", self.nodes[index].as_ref()])
             .stdin(Stdio::null())
@@ -112,10 +123,13 @@ impl Processes {
 
     /// Sends SIGTERM to a node.
     pub fn terminate(&mut self, index: usize) -> Child {
-        let child = self.children.remove(&index).unwrap();
-        let status = Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap();
-        assert!(status.success());
-        child
+        self.signal(index, "-TERM");
+        self.children.remove(&index).unwrap()
+    }
+
+    /// Sends a signal to a node.
+    pub fn signal(&self, index: usize, signal: &str) {
+        send_signal(&self.children[&index], signal);
     }
 
     /// Forgets a node that is expected to end by itself, and waits for that.
@@ -145,8 +159,23 @@ impl Drop for Processes {
     }
 }
 
+/// Sends a signal to a process.
+pub fn send_signal(child: &Child, signal: &str) {
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+}
+
 /// One request on a connection of its own: status and JSON body.
 pub async fn call(address: SocketAddr, method: &str, path: &str, body: Option<Value>) -> anyhow::Result<(u16, Value)> {
+    let (status, body) = exchange(address, method, path, body).await?;
+    Ok((status, serde_json::from_slice(&body).unwrap_or(Value::Null)))
+}
+
+/// What a route says, as text.
+pub async fn get_text(address: SocketAddr, path: &str) -> String {
+    String::from_utf8(exchange(address, "GET", path, None).await.unwrap().1.into()).unwrap()
+}
+
+async fn exchange(address: SocketAddr, method: &str, path: &str, body: Option<Value>) -> anyhow::Result<(u16, Bytes)> {
     let stream = TcpStream::connect(address).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let connection = tokio::spawn(connection);
@@ -161,7 +190,7 @@ pub async fn call(address: SocketAddr, method: &str, path: &str, body: Option<Va
     let status = response.status().as_u16();
     let body = response.into_body().collect().await?.to_bytes();
     connection.abort();
-    Ok((status, serde_json::from_slice(&body).unwrap_or(Value::Null)))
+    Ok((status, body))
 }
 
 /// The body of a greedy completion that tells its token ids.

@@ -79,6 +79,11 @@ impl Answer {
         hash(Purpose::Answer, &[&self.encode()])
     }
 
+    /// The root of the answer whose canonical bytes these are.
+    pub fn root_of(encoded: &[u8]) -> Digest {
+        hash(Purpose::Answer, &[encoded])
+    }
+
     /// Canonical bytes.
     pub fn encode(&self) -> Vec<u8> {
         let mut writer = Writer::with_capacity(64);

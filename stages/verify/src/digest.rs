@@ -92,10 +92,14 @@ pub(crate) enum Purpose {
     Answer = 3,
     /// A work tag.
     WorkTag = 4,
+    /// A checkpoint's digest.
+    Checkpoint = 5,
     /// A signed batch of votes.
     Votes = 16,
     /// A signed batch of PrePrepares.
     PrePrepares = 17,
+    /// The receipts of a checkpoint, and its signature.
+    Checkpoints = 18,
 }
 
 /// SHA-256 of the domain, the purpose and the parts. All parts but the last must have a fixed length.

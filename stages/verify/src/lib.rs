@@ -14,6 +14,7 @@
 //! | one request's votes until the verdict, and after it | [`tally`] |
 //! | offline proof of an answer | [`receipt`] |
 //! | offline proof of a lie | [`evidence`] |
+//! | what a gateway certified so far, vouched for by others | [`checkpoint`] |
 //!
 //! Invariants:
 //!
@@ -24,6 +25,7 @@
 
 pub mod answer;
 pub mod boundary;
+pub mod checkpoint;
 mod codec;
 pub mod digest;
 pub mod epoch;
@@ -43,6 +45,7 @@ mod sim;
 
 pub use answer::{Answer, Finish, Misfit};
 pub use boundary::{BoundaryRoot, Interior, boundary0, work_tag};
+pub use checkpoint::{Checkpoint, CheckpointCertificate, CheckpointFault, Collector, Entry, Proposal, Witness};
 pub use codec::{DecodeError, DecodeProblem};
 pub use digest::Digest;
 pub use epoch::{Epoch, EpochError, EpochParts, Limits, Member, NodeIndex, OverLimit, PublicKey, SliceReplicas};

@@ -187,10 +187,15 @@ impl Signer {
     ) -> Result<(BatchTree, SignatureBytes), SignError> {
         let context = Context::new(purpose, &self.epoch, self.index, self.rules);
         let tree = BatchTree::build(&context, items).ok_or(SignError::Items { items: count })?;
-        let message = signed_message(purpose, &self.epoch, &tree.root(), self.rules);
+        let signature = self.sign_digest(purpose, &tree.root())?;
+        Ok((tree, signature))
+    }
+
+    pub(crate) fn sign_digest(&self, purpose: Purpose, digest: &Digest) -> Result<SignatureBytes, SignError> {
+        let message = signed_message(purpose, &self.epoch, digest, self.rules);
         let signature: Signature = self.key.sign_prehash(&message.0).map_err(|_| SignError::Signature)?;
         let bytes: [u8; 64] = signature.normalize_s().to_bytes().into();
-        Ok((tree, SignatureBytes(bytes)))
+        Ok(SignatureBytes(bytes))
     }
 }
 

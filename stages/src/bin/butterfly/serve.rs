@@ -86,13 +86,13 @@ async fn serve(topology: &Topology, options: Vec<NodeOptions>, file: &Path) -> R
         lock::check(file, &node.services().plan, &node.services().epoch)?;
     }
     write_epoch(topology, &nodes, file.parent().unwrap_or(Path::new("")))?;
+    let serving = async {
+        all_ready(&nodes).await;
+        announce(&nodes);
+        std::future::pending::<()>().await;
+    };
     tokio::select! {
-        () = all_ready(&nodes) => announce(&nodes),
-        _ = any_failed(&nodes) => {}
-        _ = terminate.recv() => {}
-        _ = interrupt.recv() => {}
-    }
-    tokio::select! {
+        () = serving => {}
         error = any_failed(&nodes) => tracing::error!(%error, "this process drains and stops"),
         _ = terminate.recv() => tracing::info!("draining; a second signal stops at once"),
         _ = interrupt.recv() => tracing::info!("draining; a second signal stops at once"),

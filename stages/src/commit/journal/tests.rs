@@ -1,6 +1,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead, BufReader, Read};
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use futures::future::join_all;
 
@@ -195,49 +196,275 @@ fn killed_writer() {
     });
 }
 
-#[test]
-fn a_killed_process_leaves_a_log_that_holds_all_it_promised() {
-    let folder = tempfile::tempdir().unwrap();
-    let path = folder.path().join("commit.redb");
-    let (mut promised, mut ended) = (BTreeSet::new(), BTreeSet::new());
-    for round in 0..12_u64 {
-        let mut child = Command::new(std::env::current_exe().unwrap())
-            .args(["--ignored", "--nocapture", "--exact"])
-            .arg(format!("{}::killed_writer", module_path!().split_once("::").unwrap().1))
-            .env("BUTTERFLY_TEST_JOURNAL", &path)
-            .env("BUTTERFLY_TEST_FIRST", (round * 1_000_000).to_string())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut output = BufReader::new(child.stdout.take().unwrap());
-        let mut text = String::new();
-        // Killed after another number of lines each time, among them at once.
-        for _ in 0..round * 37 {
+/// Runs [`killed_writer`] as a process of its own until it has written so many lines, or until it ends.
+fn run_and_kill(path: &Path, first: u64, lines: Option<u64>, failpoint: Option<(&str, u32)>) -> String {
+    let mut command = Command::new(std::env::current_exe().unwrap());
+    command
+        .args(["--ignored", "--nocapture", "--exact"])
+        .arg(format!("{}::killed_writer", module_path!().split_once("::").unwrap().1))
+        .env("BUTTERFLY_TEST_JOURNAL", path)
+        .env("BUTTERFLY_TEST_FIRST", first.to_string())
+        .stdout(Stdio::piped());
+    if let Some((step, hits)) = failpoint {
+        command.env("BUTTERFLY_TEST_FAILPOINT", step).env("BUTTERFLY_TEST_HITS", hits.to_string());
+    }
+    let mut child = command.spawn().unwrap();
+    let mut output = BufReader::new(child.stdout.take().unwrap());
+    let mut text = String::new();
+    if let Some(lines) = lines {
+        for _ in 0..lines {
             output.read_line(&mut text).unwrap();
         }
         child.kill().unwrap();
-        output.read_to_string(&mut text).unwrap();
-        child.wait().unwrap();
+    }
+    output.read_to_string(&mut text).unwrap();
+    assert!(!child.wait().unwrap().success());
+    text
+}
+
+/// What processes were promised before they were killed.
+#[derive(Default)]
+struct Promises {
+    accepted: BTreeSet<u64>,
+    settled: BTreeSet<u64>,
+}
+
+impl Promises {
+    fn note(&mut self, text: &str) {
         // The last line may be cut in the middle of its number.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         for line in whole.lines() {
             match line.split_once(' ') {
-                Some(("accepted", number)) => assert!(promised.insert(number.parse::<u64>().unwrap())),
-                Some(("settled", number)) => assert!(ended.insert(number.parse::<u64>().unwrap())),
+                Some(("accepted", number)) => assert!(self.accepted.insert(number.parse().unwrap())),
+                Some(("settled", number)) => assert!(self.settled.insert(number.parse().unwrap())),
                 _ => {}
             }
         }
-        let journal = Journal::open(&path).unwrap();
+    }
+
+    fn are_kept(&self, path: &Path) {
+        let journal = Journal::open(path).unwrap();
         let open: BTreeMap<u64, Open> =
             journal.open_requests().unwrap().into_iter().map(|open| (open.accepted.accepted_ms, open)).collect();
-        for number in &promised {
+        for number in &self.accepted {
             let record = journal.record(&rd(*number)).unwrap().expect("a promised request is in the log");
             assert_eq!(record.accepted, accepted(*number));
             assert_eq!(record.outcome.is_none(), open.contains_key(number), "request {number}");
-            if ended.contains(number) {
+            if self.settled.contains(number) {
                 assert_eq!(record.outcome, Some(certified(*number).outcome));
             }
         }
     }
-    assert!(promised.len() > 200 && ended.len() > 100, "{} promised, {} ended", promised.len(), ended.len());
+}
+
+#[test]
+fn a_killed_process_leaves_a_log_that_holds_all_it_promised() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("commit.redb");
+    let mut promises = Promises::default();
+    for round in 0..12_u64 {
+        // Killed after another number of lines each time, among them at once.
+        promises.note(&run_and_kill(&path, round * 1_000_000, Some(round * 37), None));
+        promises.are_kept(&path);
+    }
+    let (accepted, settled) = (promises.accepted.len(), promises.settled.len());
+    assert!(accepted > 200 && settled > 100, "{accepted} accepted, {settled} settled");
+}
+
+/// Between any two steps: while the file is begun, before a transaction is durable, and after it is, before anyone is told.
+#[test]
+fn a_process_that_dies_at_any_step_of_the_log_loses_nothing_it_promised() {
+    let begins = [("created", 0), ("applied", 0), ("committed", 0), ("linked", 0), ("named", 0)];
+    let writes = [("applied", 1), ("committed", 1), ("applied", 2), ("committed", 5), ("applied", 9)];
+    for (step, hits) in begins.into_iter().chain(writes) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("commit.redb");
+        let mut promises = Promises::default();
+        promises.note(&run_and_kill(&path, 0, None, Some((step, hits))));
+        promises.are_kept(&path);
+        // The next process goes on where this one was.
+        promises.note(&run_and_kill(&path, 1_000_000, Some(20), None));
+        promises.are_kept(&path);
+        assert!(promises.accepted.len() >= 8, "{step} {hits}");
+    }
+}
+
+/// Storage that fails for good from some operation on.
+#[derive(Debug)]
+struct Failing {
+    file: redb::backends::FileBackend,
+    left: AtomicU32,
+    how: std::io::ErrorKind,
+}
+
+impl Failing {
+    fn spend(&self) -> std::io::Result<()> {
+        let spent = self.left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |left| left.checked_sub(1));
+        spent.map(drop).map_err(|_| self.how.into())
+    }
+}
+
+impl redb::StorageBackend for Failing {
+    fn len(&self) -> std::io::Result<u64> {
+        self.file.len()
+    }
+
+    fn read(&self, offset: u64, out: &mut [u8]) -> std::io::Result<()> {
+        self.file.read(offset, out)
+    }
+
+    fn set_len(&self, len: u64) -> std::io::Result<()> {
+        self.spend().and_then(|()| self.file.set_len(len))
+    }
+
+    fn sync_data(&self) -> std::io::Result<()> {
+        self.spend().and_then(|()| self.file.sync_data())
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        self.spend().and_then(|()| self.file.write(offset, data))
+    }
+}
+
+/// A disk that is full, read-only or broken, from every operation on: what was promised stays, nothing more is, and the
+/// error says why.
+#[tokio::test]
+async fn storage_that_fails_at_any_operation_keeps_what_was_promised() {
+    use std::io::ErrorKind::{Other, ReadOnlyFilesystem, StorageFull};
+
+    let mut promised_most = 0;
+    for (operations, how) in (0..60).zip([StorageFull, ReadOnlyFilesystem, Other].into_iter().cycle()) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("commit.redb");
+        let journal = Journal::open(&path).unwrap();
+        journal.accept(accepted(0)).await.unwrap();
+        drop(journal);
+        let file = std::fs::File::options().read(true).write(true).open(&path).unwrap();
+        let file = redb::backends::FileBackend::new(file).unwrap();
+        let storage = Failing { file, left: AtomicU32::new(operations), how };
+        let mut promised = vec![0];
+        let error = match Log::over(&path, storage).and_then(|log| Journal::over(log, &path)) {
+            Err(error) => error,
+            Ok(journal) => {
+                let mut number = 0;
+                let error = loop {
+                    number += 1;
+                    match journal.accept(accepted(number)).await {
+                        Ok(()) => promised.push(number),
+                        Err(error) => break error,
+                    }
+                };
+                assert_eq!(journal.failure().as_ref(), Some(&error));
+                assert_eq!(journal.settle(vec![certified(0)]).await.as_ref(), Err(&error), "and nothing after it");
+                error
+            }
+        };
+        assert!(matches!(error, JournalError::Storage { .. }), "{error:?}");
+        assert!(error.to_string().contains(&how.to_string()), "{error}");
+        let journal = Journal::open(&path).unwrap();
+        for number in &promised {
+            assert_eq!(
+                journal.record(&rd(*number)).unwrap(),
+                Some(Record { accepted: accepted(*number), outcome: None })
+            );
+        }
+        promised_most = promised_most.max(promised.len());
+    }
+    assert!(promised_most > 2, "every run failed at its first write");
+}
+
+#[test]
+fn the_log_of_another_node_is_refused() {
+    let folder = tempfile::tempdir().unwrap();
+    let journal = open(&folder);
+    journal.claim("demo/n0").unwrap();
+    drop(journal);
+    let journal = open(&folder);
+    journal.claim("demo/n0").unwrap();
+    let error = journal.claim("other/n0").unwrap_err();
+    assert!(error.to_string().contains("belongs to demo/n0, and this node is other/n0"), "{error}");
+}
+
+/// The checkpoint over what is new, vouched for by the only node of the epoch.
+async fn checkpoint(journal: &Journal, receipts_max: usize) -> Segment {
+    let epoch = crate::ingest::fixture::epoch(4096);
+    let key = k256::ecdsa::SigningKey::from_slice(&[1; 32]).unwrap();
+    let signer = butterfly_verify::Signer::new(key, butterfly_verify::NodeIndex(0), &epoch).unwrap();
+    let segment = journal.next_segment(&epoch, receipts_max).unwrap();
+    let Segment { sequence, previous, entries, through } = &segment;
+    let made = butterfly_verify::Checkpoint::over(&epoch, signer.index(), *sequence, *previous, entries).unwrap();
+    let signatures = vec![(signer.index(), signer.sign_checkpoint(&epoch, &made).unwrap())];
+    let certificate = CheckpointCertificate { checkpoint: made, signatures };
+    certificate.check(&epoch).unwrap();
+    let certificate = serde_json::to_vec(&certificate).unwrap();
+    journal.checkpoint(Checkpointed { sequence: *sequence, through: *through, certificate }).await.unwrap();
+    segment
+}
+
+/// A log with 13 receipts, the first 10 of them in two checkpoints.
+async fn with_checkpoints(path: &Path) {
+    let journal = Journal::open(path).unwrap();
+    join_all((1..=14).map(|number| journal.accept(accepted(number)))).await;
+    journal.settle((1..=13).map(certified).collect()).await.unwrap();
+    journal.settle(vec![failed(14)]).await.unwrap();
+    assert_eq!((journal.uncovered(), journal.covered()), (13, 0));
+    let first = checkpoint(&journal, 6).await;
+    assert_eq!((first.sequence, first.entries.len(), first.through, first.previous), (1, 6, 6, Digest::default()));
+    assert_eq!(first.entries[0].rd, rd(1));
+    let second = checkpoint(&journal, 4).await;
+    assert_eq!((second.sequence, second.through), (2, 10));
+    assert_ne!(second.previous, Digest::default());
+    assert_eq!((journal.uncovered(), journal.covered()), (3, 10));
+}
+
+#[tokio::test]
+async fn a_start_checks_the_last_checkpoint_and_what_came_after_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("commit.redb");
+    with_checkpoints(&path).await;
+    let epoch = crate::ingest::fixture::epoch(4096);
+    let journal = open(&folder);
+    assert_eq!(journal.restore(&epoch), Ok(3));
+    assert_eq!((journal.uncovered(), journal.covered()), (3, 10));
+    drop(journal);
+    // Receipts 1 to 6 are of an older checkpoint: a start does not look at them.
+    for (number, found) in [(12, Some("receipt 12")), (8, Some("checkpoint 2")), (2, None)] {
+        let copy = folder.path().join("changed.redb");
+        std::fs::copy(&path, &copy).unwrap();
+        let database = redb::Database::open(&copy).unwrap();
+        let transaction = database.begin_write().unwrap();
+        let table = redb::TableDefinition::<u64, &[u8; 64]>::new("receipts");
+        transaction.open_table(table).unwrap().insert(number, &[9; 64]).unwrap();
+        transaction.commit().unwrap();
+        drop(database);
+        let restored = Journal::open(&copy).unwrap().restore(&epoch);
+        match found {
+            None => assert_eq!(restored, Ok(3)),
+            Some(what) => {
+                let error = restored.unwrap_err();
+                assert!(matches!(error, JournalError::Damaged { .. }) && error.to_string().contains(what), "{error}");
+            }
+        }
+    }
+}
+
+/// A log too large to be read as a whole opens without it, is written on, and survives a crash.
+#[tokio::test]
+async fn a_large_log_opens_without_being_read_as_a_whole() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("commit.redb");
+    with_checkpoints(&path).await;
+    let epoch = crate::ingest::fixture::epoch(4096);
+    for round in 0..3 {
+        let journal = Journal::over(Log::open_whole_up_to(&path, 0).unwrap(), &path).unwrap();
+        assert_eq!(journal.restore(&epoch), Ok(3 + round));
+        journal.accept(accepted(100 + round)).await.unwrap();
+        journal.settle(vec![certified(100 + round)]).await.unwrap();
+        // As a crash leaves it: copied while it is open.
+        let crashed = folder.path().join("crashed.redb");
+        std::fs::copy(&path, &crashed).unwrap();
+        let again = Journal::over(Log::open_whole_up_to(&crashed, 0).unwrap(), &crashed).unwrap();
+        assert_eq!(again.restore(&epoch), Ok(4 + round));
+        assert_eq!(again.record(&rd(100 + round)).unwrap().unwrap().outcome, Some(certified(100 + round).outcome));
+    }
 }

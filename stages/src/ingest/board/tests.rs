@@ -263,3 +263,27 @@ fn what_was_promised_before_is_taken_up_again_even_without_room_and_bytes_bound_
     let _waiting = fixture.open("new", &request(20, "")).unwrap();
     assert!(fixture.board.check_room(1 << 20).is_err(), "the room for bytes is not all free");
 }
+
+#[test]
+fn a_clock_that_jumps_ends_what_expired_and_nothing_else() {
+    let fixture = fixture();
+    let timeout = Duration::from_secs(30);
+    let request = request(1, "");
+    let _waiting = fixture.open("task", &request).unwrap();
+    fixture.board.running(&request.digest(), Box::new(()));
+    fixture.clock.advance(Duration::from_secs(10));
+    fixture.clock.correct(request.now_ms / 2);
+    assert_eq!(fixture.board.stalled(timeout), vec![], "back by minutes, and nothing has moved for 10 s");
+    fixture.clock.advance(Duration::from_secs(20));
+    let stood_still = TaskError::NoProgress(timeout);
+    assert_eq!(fixture.board.stalled(timeout), vec![(request.digest(), stood_still)], "stillness knows no calendar");
+    fixture.board.progress(&request.digest(), 0, &[1.into()]);
+    assert_eq!(fixture.board.stalled(timeout), vec![]);
+    fixture.clock.correct(request.now_ms + 3_600_000);
+    let expired = TaskError::DeadlineExceeded(Duration::from_secs(600));
+    assert_eq!(
+        fixture.board.stalled(timeout),
+        vec![(request.digest(), expired)],
+        "replicas with this clock refuse it too"
+    );
+}

@@ -97,7 +97,7 @@ on = [{gateway}]
 bind_address = \"{}\"
 max_request_size_mb = 100
 request_timeout_secs = 30     # without progress; a stream that moves is not cut
-capacity = 256                # requests on their way into the log and the queue; beyond it the answer is 429
+capacity = 256                # requests on their way into the log and the queue
 # rate_limit_per_second = 200 # of one client
 # tokens_file = \"tokens.txt\"  # SHA-256 of each API key; needed when bind_address is not of this machine alone
 
@@ -112,7 +112,7 @@ cache_size = 100
 [[stage]]
 kind = \"assign\"
 input = \"partition\"
-scheduler_type = \"fifo\"
+scheduler_type = \"fifo\"         # fifo, priority (0 to 9, waiting raises it) or fair (clients in turn)
 max_queue_size = 1000
 
 # Between the nodes. The rows that compute hands on come back in here: a loop, declared as such.
