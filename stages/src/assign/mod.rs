@@ -18,7 +18,7 @@ use butterfly_engine::channel::{Item, Receiver, Sender};
 use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::transport::PeerState;
 use butterfly_topology::NodeId;
-use butterfly_verify::{Input, Request};
+use butterfly_verify::Request;
 use futures::FutureExt;
 use futures::future::BoxFuture;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -123,11 +123,9 @@ impl AssignStage {
 
 /// What a request costs, in tokens: those it has and those it may get.
 fn work(request: &Request) -> u64 {
-    match &request.input {
-        Input::Text { tokens, .. } | Input::Tokens { tokens } => {
-            (tokens.len() as u64).saturating_add(u64::from(request.params.max_tokens))
-        }
-        Input::Vector { .. } => 1,
+    match request.input.tokens() {
+        Some(tokens) => (tokens.len() as u64).saturating_add(u64::from(request.params.max_tokens)),
+        None => 1,
     }
 }
 
