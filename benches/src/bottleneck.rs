@@ -3,7 +3,10 @@
 //! A stage that has too much to do fills its input, and whoever sends to it waits: it is *blocked*. So are the stages
 //! before that one. The last blocked stage therefore sends to the slow one, which itself is busy.
 //!
-//! It refuses to name a stage when none is blocked: then the cluster keeps up, and the busiest stage is named as that.
+//! When none is blocked the cluster keeps up, and the busiest stage is named as no more than that. A stage that no edge leads
+//! to takes its work from outside, and its account does not tell waiting for clients from work: it is never the busiest.
+//!
+//! It refuses to know what a stage does.
 
 use serde::{Deserialize, Serialize};
 
@@ -41,7 +44,7 @@ pub(crate) fn find(nodes: &[Node]) -> Option<Bottleneck> {
     }
     let stages = nodes.iter().flat_map(|node| node.stages.iter().map(move |stage| (node, stage)));
     let (node, stage) = stages
-        .filter(|(_, stage)| stage.working() > 0.0)
+        .filter(|(node, stage)| stage.working() > 0.0 && node.edges.iter().any(|edge| edge.end_stage() == stage.name))
         .max_by(|(_, one), (_, other)| one.working().total_cmp(&other.working()))?;
     let is_limit = stage.working() >= SATURATED_MIN;
     let says = if is_limit { "is the bottleneck: it has no time left" } else { "is the busiest, and holds nobody up" };
@@ -130,10 +133,10 @@ mod tests {
 
     #[test]
     fn when_nobody_waits_the_busiest_is_named_as_no_more_than_that() {
-        let quiet = node(&[("a", [1.0, 9.0, 0.0, 0.0]), ("b", [1.0, 5.0, 0.1, 4.0])], &[("a", "b")]);
+        let quiet = node(&[("a", [9.9, 0.1, 0.0, 0.0]), ("b", [1.0, 5.0, 0.1, 4.0])], &[("a", "b")]);
         let found = find(&[quiet]).unwrap();
         assert_eq!((found.stage.as_str(), found.is_limit), ("b", false));
-        assert!(find(&[node(&[("a", [0.0, 9.0, 0.0, 0.0])], &[])]).is_none());
+        assert!(find(&[node(&[("a", [9.0, 1.0, 0.0, 0.0]), ("b", [0.0, 9.0, 0.0, 0.0])], &[("a", "b")])]).is_none());
         assert!(find(&[]).is_none());
     }
 }

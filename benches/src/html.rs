@@ -213,7 +213,7 @@ fn states(report: &Report) -> String {
         })
     });
     plot::bars(
-        "What stages do with their time",
+        "What stages do with their time (the one that takes requests in counts waiting for clients as busy)",
         &["busy", "verifying", "blocked", "starved"],
         &bars.collect::<Vec<_>>(),
     )

@@ -247,7 +247,11 @@ impl Scale {
                     .collect()
             }
             Self::Log => {
-                let digits: &[f64] = if to - from > 2.0 { &[1.0] } else { &[1.0, 2.0, 5.0] };
+                let digits: &[f64] = match to - from {
+                    wide if wide > 2.0 => &[1.0],
+                    middle if middle > 0.8 => &[1.0, 2.0, 5.0],
+                    _ => &[1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0],
+                };
                 let decades = from.floor() as i32..=to.ceil() as i32;
                 let values = decades.flat_map(|decade| digits.iter().map(move |digit| digit * 10f64.powi(decade)));
                 let ticks = values.map(|value| (value.log10(), short(value)));

@@ -57,7 +57,7 @@ impl Target {
     /// Starts a cluster over loopback QUIC, with its logs in a temporary folder.
     pub(crate) async fn start(own: &Own) -> anyhow::Result<Self> {
         let (f, slices) = (own.max_byzantine, own.slices);
-        let name = format!("{} nodes of this process, f = {f}, {slices} slices", (2 * f + 1) * slices);
+        let name = format!("{} nodes of this process, f = {f}, slices = {slices}", (2 * f + 1) * slices);
         Self::start_with(&own.loopback(), name).await
     }
 
