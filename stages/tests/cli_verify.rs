@@ -453,3 +453,67 @@ fn one_nodes_word_is_never_called_verified() {
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.starts_with("one node's word") && !text.contains("verified"), "{text}");
 }
+
+#[test]
+fn a_chat_is_compared_with_what_was_certified() {
+    let mut parts = RequestParts::clone(request(Mode::Full).parts());
+    parts.input = Input::Chat {
+        messages: r#"[{"role":"system","content":"Be brief."},{"role":"user","content":"What is it?"}]"#.to_owned(),
+        tokens: vec![47, 917, 1797],
+    };
+    parts.params.choice = 1;
+    parts.params.logprobs = Some(2);
+    let mut answer = answer();
+    if let Answer::Text { choice, .. } = &mut answer {
+        *choice = 1;
+    }
+    let case = Case::of(Request::new(parts).unwrap(), answer);
+    case.write("bundle.json", &case.bundle);
+    let sent = json!({
+        "messages": [
+            { "role": "system", "content": "Be brief." },
+            { "role": "user", "content": [{ "type": "text", "text": "What is " }, { "type": "text", "text": "it?" }] },
+        ],
+        "max_completion_tokens": 3, "temperature": 0.5, "n": 2, "logprobs": true, "top_logprobs": 2, "stop": ["\n"],
+        "logit_bias": { "5": -1.5 },
+    });
+    let choice = |index: u64, text: &str| {
+        let message = json!({ "role": "assistant", "content": text, "refusal": null });
+        json!({ "index": index, "message": message, "finish_reason": "length" })
+    };
+    let received = json!({ "choices": [choice(0, "another"), choice(1, " the same as")] });
+    let judge = |sent: &Value, received: &Value| {
+        case.write("sent.json", sent);
+        case.write("received.json", received);
+        let files = ["bundle.json", "--epoch", "epoch.json", "--request", "sent.json", "--response", "received.json"];
+        let output = case.verify(&files);
+        let all = [output.stdout, output.stderr].concat();
+        (output.status.code(), String::from_utf8(all).unwrap())
+    };
+    let (code, text) = judge(&sent, &received);
+    assert_eq!(code, Some(0), "{text}");
+    for compared in ["request.messages", "request.max_completion_tokens", "request.top_logprobs", "response.message"] {
+        assert!(text.contains(compared), "{compared} is missing from {text}");
+    }
+    for (pointer, changed, part) in [
+        ("/messages/0/content", json!("Be long."), "request: messages"),
+        ("/messages/1/role", json!("assistant"), "request: messages"),
+        ("/messages/1/name", json!("eve"), "request: messages"),
+        ("/top_logprobs", json!(3), "logprobs"),
+        ("/n", json!(1), "request: n"),
+    ] {
+        let mut sent = sent.clone();
+        if let Some(value) = sent.pointer_mut(pointer) {
+            *value = changed;
+        } else {
+            sent["messages"][1]["name"] = changed;
+        }
+        let (code, text) = judge(&sent, &received);
+        assert_eq!(code, Some(5), "{pointer}");
+        assert!(text.contains(part), "{pointer}: {text}");
+    }
+    let mut other = received.clone();
+    other["choices"][1]["message"]["content"] = json!(" another");
+    let (code, text) = judge(&sent, &other);
+    assert!(code == Some(5) && text.contains("response: message"), "{text}");
+}

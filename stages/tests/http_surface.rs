@@ -225,6 +225,20 @@ async fn a_retry_gets_the_answer_that_is_there_and_a_key_stands_for_one_request(
     gateway.stop().await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_retry_gets_every_choice_that_is_there() {
+    let gateway = gateway("").await;
+    let key = [("idempotency-key", "choices-1")];
+    let body = json!({ "messages": [{ "role": "user", "content": "Traits" }], "max_tokens": 6, "n": 3 }).to_string();
+    let first = gateway.ask("POST", "/v1/chat/completions", &key, body.clone()).await;
+    assert_eq!((first.status, first.header("idempotent-replayed")), (200, ""), "{}", first.json());
+    assert_eq!(first.json()["choices"].as_array().unwrap().len(), 3);
+    let again = gateway.ask("POST", "/v1/chat/completions", &key, body).await;
+    assert_eq!((again.status, again.header("idempotent-replayed")), (200, "true"));
+    assert_eq!(again.json(), first.json(), "sampled with temperature 1: only the same answers are the same");
+    gateway.stop().await;
+}
+
 /// The client of a keyed task that goes away comes back to the same task.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_retry_joins_the_task_that_runs() {
