@@ -2,10 +2,11 @@
 
 #![allow(clippy::unwrap_used, clippy::expect_used, clippy::panic, missing_docs)]
 
+use std::io::{BufRead, BufReader};
 use std::net::{TcpListener, UdpSocket};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::{Child, Command, Output, Stdio};
 
 use serde_json::Value;
 
@@ -110,6 +111,43 @@ fn the_doctor_finds_what_is_wrong_and_says_how_to_mend_it() {
     let missing = butterfly(&["doctor", file, "--set", "cluster.model=/nowhere"]);
     assert_eq!(missing.status.code(), Some(4));
     assert!(String::from_utf8_lossy(&missing.stdout).contains("weights"), "{missing:?}");
+}
+
+/// A child that does not outlive its test.
+struct Serving(Child);
+
+impl Drop for Serving {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn what_init_writes_is_served_reports_at_intervals_and_can_be_watched() {
+    let folder = tempfile::tempdir().unwrap();
+    let topology = cluster(folder.path());
+    let file = topology.to_str().unwrap();
+    let collect = ["--set", "telemetry.collector_type=json", "--set", "telemetry.export_interval_secs=1"];
+    let mut serve = Command::new(env!("CARGO_BIN_EXE_butterfly"));
+    serve.args(["serve", file, "-q"]).args(collect).stdout(Stdio::piped()).stderr(Stdio::null());
+    let mut serving = Serving(serve.spawn().unwrap());
+    let mut lines = BufReader::new(serving.0.stdout.take().unwrap()).lines();
+    let report: Value = serde_json::from_str(&lines.next().unwrap().unwrap()).unwrap();
+    assert!(report["node"].as_str().unwrap().starts_with('n'));
+    let named = |name: &str| report["metrics"].as_array().unwrap().iter().any(|metric| metric["name"] == name);
+    assert!(named("butterfly_tasks_waiting") && named("butterfly_build_info"), "{report}");
+    // Reports go on while nodes come up, so a line is a moment to look again.
+    let ready = lines.find(|line| line.is_ok() && butterfly(&["status", file]).status.success());
+    assert!(ready.is_some(), "the nodes never became ready");
+    let status = json(&butterfly(&["status", file, "--json"]));
+    assert_eq!(status["nodes"].as_array().unwrap().len(), 3);
+    let doctor = json(&butterfly(&["doctor", file, "--json"]));
+    let clocks = doctor["findings"].as_array().unwrap().iter().filter(|finding| finding["check"] == "clock");
+    assert!(
+        clocks.filter(|finding| finding["state"] == "ok").count() >= 4,
+        "three clocks agree with this one: {doctor}"
+    );
 }
 
 #[test]
