@@ -1,7 +1,8 @@
 //! What the stages of a node do with their time, and which of them is the bottleneck.
 //!
 //! The rule: work piles up before the bottleneck, so the stages above it are blocked and it is not; it is the busiest stage
-//! below the last blocked one. Knows the documents of the admin listener, and no listener.
+//! below the last blocked one. A stage that took no item in that time bounds nothing. Knows the documents of the admin
+//! listener, and no listener.
 
 use serde_json::Value;
 
@@ -60,7 +61,8 @@ pub(crate) fn bottleneck(activities: &[Activity]) -> Option<&Activity> {
     let works = |activity: &Activity| activity.busy + activity.verifying;
     let last_blocked = activities.iter().rposition(|activity| activity.blocked >= BLOCKED_SHARE);
     let below = activities.get(last_blocked.map_or(0, |at| at + 1)..).unwrap_or_default();
-    let busiest = below.iter().max_by(|a, b| works(a).total_cmp(&works(b)))?;
+    // What takes nothing from an edge waits for the world outside, which its account does not know.
+    let busiest = below.iter().filter(|activity| activity.items > 0).max_by(|a, b| works(a).total_cmp(&works(b)))?;
     (last_blocked.is_some() || works(busiest) >= BUSY_SHARE).then_some(busiest)
 }
 
