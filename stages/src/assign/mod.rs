@@ -1,6 +1,6 @@
 //! The assign stage: who waits, who runs.
 //!
-//! Requests wait in one [`queue`] and run when one of `max_in_flight` permits is free. The permit belongs to the task on the
+//! Requests wait in one queue and run when one of `max_in_flight` permits is free. The permit belongs to the task on the
 //! board and returns when the task settles, however it ends. A request is let through only when every slice has f+1 live
 //! replicas that are not excluded; otherwise it fails at once with what is missing, because waiting would only hide it. One
 //! whose deadline has passed fails and is never computed.

@@ -2,7 +2,7 @@
 //!
 //! Purpose: read the families this build runs. The llama family (`model_type` llama, mistral, qwen2, qwen3) comes in the
 //! spelling of transformers 5 (`rope_parameters`, `dtype`) and in the older one (`rope_theta`, `rope_scaling`,
-//! `torch_dtype`). `bert` is an encoder; what else lies beside it is read by [`pooling`]. A dense network states `{"model_type":"mlp","layer_sizes":[in,…,out],"activation":"relu"}`.
+//! `torch_dtype`). `bert` is an encoder; what else lies beside it is read by `pooling`. A dense network states `{"model_type":"mlp","layer_sizes":[in,…,out],"activation":"relu"}`.
 //!
 //! Invariants: every size of a [`Config`] lies within the named limits below, so that no product of two of them
 //! overflows and nothing a hostile file says can make this program allocate without bound; heads divide evenly; a

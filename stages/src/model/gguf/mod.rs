@@ -1,8 +1,8 @@
 //! GGUF: one file with the configuration, the tokenizer and the weights of a model.
 //!
 //! Purpose: read the container (versions 2 and 3, little-endian) and say what it holds in the words of the other
-//! formats: the [`config`] and the [`tokenizer`] as the JSON documents that a folder would have, and each tensor under
-//! the name that it has in safetensors. So one parser checks each of these, wherever the model came from. [`write`] makes
+//! formats: the configuration and the tokenizer as the JSON documents that a folder would have, and each tensor under
+//! the name that it has in safetensors. So one parser checks each of these, wherever the model came from. [`mod@write`] makes
 //! such files.
 //!
 //! Invariants: nothing is allocated by what a file claims; counts and lengths are compared with the bytes that are there
