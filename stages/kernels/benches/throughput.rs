@@ -1,87 +1,153 @@
-//! What the kernels reach on this machine, next to what its memory gives: `cargo bench -p butterfly-kernels`.
+//! What the kernels reach on this machine, next to what its memory gives:
+//! `cargo bench -p butterfly-kernels --bench throughput [-- Q8_0 F16 ...]`.
 
 use std::hint::black_box;
 use std::time::Instant;
 
 use butterfly_kernels::{Dtype, KvCache, Matrix, Path, Pool, WeightView, attention, linear, math, silu_mul};
 
-/// A layer of a 0.9 B-parameter model, eight times over: 180 MB of f16, more than any cache here.
+/// The gate or up projection of a layer of a 0.9 B-parameter model, eight times over: 92 million weights, more than any
+/// cache here.
 const INPUTS: usize = 2048;
 const OUTPUTS: usize = 8 * 5632;
 
+/// Rows of a batch: decoding one sequence and eight, and a prompt.
+const ROWS: [usize; 3] = [1, 8, 512];
+
 fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
     // `cargo test --benches` runs this file too, without the flag that `cargo bench` gives.
-    if !std::env::args().any(|argument| argument == "--bench") {
+    if !arguments.iter().any(|argument| argument == "--bench") {
         return;
     }
     let path = Path::detect().unwrap_or(Path::Scalar);
-    println!("path {}", path.name());
-    let bytes: Vec<u8> =
-        (0..INPUTS * OUTPUTS).flat_map(|i| half::f16::from_f32((i % 997) as f32 * 1e-3 - 0.5).to_le_bytes()).collect();
-    let matrix = Matrix::pack(WeightView { dtype: Dtype::F16, bytes: &bytes, rows: OUTPUTS, columns: INPUTS })
-        .unwrap_or_else(|error| unreachable!("{error}"));
-    drop(bytes);
+    println!("path {}; the shortest of several runs", path.name());
+    let all = arguments.iter().all(|argument| argument.starts_with("--"));
+    for dtype in Dtype::ALL {
+        let name = format!("{dtype:?}");
+        if all || arguments.contains(&name) {
+            linear_layers(path, dtype);
+        }
+    }
+    if !all {
+        return;
+    }
     for threads in [1, 2] {
-        let pool = Pool::new(threads, path);
         println!("threads {threads}");
-        plain_read(threads);
-        for rows in [1, 2, 4, 6, 8, 12, 16, 24] {
-            let seconds = time_linear(&pool, &matrix, rows);
-            report(&format!("linear, {rows} rows"), matrix.bytes() as f64 / seconds / 1e9, "GB/s of weights");
-        }
-        for rows in [32, 96, 192] {
-            let seconds = time_linear(&pool, &matrix, rows);
-            let flops = 2.0 * (rows * INPUTS * OUTPUTS) as f64;
-            report(&format!("linear, {rows} rows"), flops / seconds / 1e9, "GFLOP/s");
-        }
+        let pool = Pool::new(threads, path);
         small_linear(&pool);
         decode_attention(&pool);
         elementwise(&pool);
     }
 }
 
+/// What a matrix too large for the caches reaches, beside plain reading in the same minute.
+fn linear_layers(path: Path, dtype: Dtype) {
+    let matrix = matrix(dtype, OUTPUTS, INPUTS);
+    for threads in [1, 2] {
+        let pool = Pool::new(threads, path);
+        let read = plain_read(threads);
+        for rows in ROWS {
+            let outputs = if rows > 32 { OUTPUTS / 8 } else { OUTPUTS };
+            let small;
+            let used = if outputs == OUTPUTS {
+                &matrix
+            } else {
+                small = self::matrix(dtype, outputs, INPUTS);
+                &small
+            };
+            let seconds = time_linear(&pool, used, rows);
+            let bytes = used.bytes() as f64 / seconds / 1e9;
+            let products = (rows * INPUTS * outputs) as f64 / seconds / 1e9;
+            println!(
+                "{:<5} threads {threads}, {rows:>3} rows: {bytes:>6.2} GB/s of weights ({:>3.0} % of reading, {read:.1}), {products:>6.1} GMAC/s",
+                format!("{dtype:?}"),
+                100.0 * bytes / read,
+            );
+        }
+    }
+}
+
+/// Weights of varied bytes: small numbers, or quants with small scales.
+fn matrix(dtype: Dtype, rows: usize, columns: usize) -> Matrix {
+    let number = |i: usize| (i % 997) as f32 * 1e-3 - 0.5;
+    let bytes: Vec<u8> = match dtype {
+        Dtype::F32 => (0..rows * columns).flat_map(|i| number(i).to_le_bytes()).collect(),
+        Dtype::F16 => (0..rows * columns).flat_map(|i| half::f16::from_f32(number(i)).to_le_bytes()).collect(),
+        Dtype::Bf16 => (0..rows * columns).flat_map(|i| half::bf16::from_f32(number(i)).to_le_bytes()).collect(),
+        // As an f16, 0x1f1f is 0.007.
+        _ => {
+            let len = dtype.row_bytes(columns).unwrap_or(0) * rows;
+            (0..len)
+                .map(|i| {
+                    if i % dtype.block_bytes() < 4 || i % dtype.block_bytes() >= 208 {
+                        0x1f
+                    } else {
+                        (i * 37 % 251) as u8
+                    }
+                })
+                .collect()
+        }
+    };
+    Matrix::pack(WeightView { dtype, bytes: &bytes, rows, columns }).unwrap_or_else(|error| unreachable!("{error}"))
+}
+
 fn report(what: &str, figure: f64, unit: &str) {
     println!("  {what:<40} {figure:>9.2} {unit}");
 }
 
-/// The shortest of several runs, in seconds: the machine's other work only adds.
+/// The shortest of several runs, in seconds: the machine's other work only adds. With `--on-cpu`, where Linux tells,
+/// only the time that the calling thread ran: what one thread reaches, on a machine that is busy with other things.
 fn shortest(runs: usize, mut work: impl FnMut()) -> f64 {
+    let on_cpu = std::env::args().any(|argument| argument == "--on-cpu");
     let mut best = f64::INFINITY;
     for _ in 0..runs {
-        let start = Instant::now();
+        let (start, ran) = (Instant::now(), if on_cpu { seconds_on_cpu() } else { None });
         work();
-        best = best.min(start.elapsed().as_secs_f64());
+        let seconds = match (ran, if on_cpu { seconds_on_cpu() } else { None }) {
+            (Some(before), Some(after)) => after - before,
+            _ => start.elapsed().as_secs_f64(),
+        };
+        best = best.min(seconds);
     }
     best
 }
 
+fn seconds_on_cpu() -> Option<f64> {
+    let statistics = std::fs::read_to_string("/proc/thread-self/schedstat").ok()?;
+    let nanoseconds: u64 = statistics.split_whitespace().next()?.parse().ok()?;
+    Some(nanoseconds as f64 / 1e9)
+}
+
 fn time_linear(pool: &Pool, matrix: &Matrix, rows: usize) -> f64 {
-    let x = vec![0.25; rows * matrix.columns()];
+    let x: Vec<f32> = (0..rows * matrix.columns()).map(|i| (i % 89) as f32 * 0.01 - 0.4).collect();
     let mut y = vec![0.0; rows * matrix.rows()];
-    shortest(if rows > 24 { 2 } else { 5 }, || {
+    shortest(if rows > 32 { 3 } else { 8 }, || {
         linear(pool, matrix, None, black_box(&x), &mut y);
         black_box(&y);
     })
 }
 
-fn plain_read(threads: usize) {
+/// GB/s of adding up memory.
+fn plain_read(threads: usize) -> f64 {
     let words = vec![1u64; 32 << 20];
-    let seconds = shortest(5, || {
+    let read = |part: &[u64]| black_box(part.iter().fold(0, |all, word| all | word));
+    let seconds = shortest(8, || {
+        let (own, others) = words.split_at(words.len() / threads);
         std::thread::scope(|scope| {
-            for part in words.chunks(words.len() / threads) {
-                scope.spawn(|| black_box(part.iter().fold(0, |all, word| all | word)));
+            for part in others.chunks(own.len()) {
+                scope.spawn(|| read(part));
             }
+            read(own);
         });
     });
-    report("plain reading", size_of_val(words.as_slice()) as f64 / seconds / 1e9, "GB/s");
+    size_of_val(words.as_slice()) as f64 / seconds / 1e9
 }
 
 /// The layers of the built-in model, which stay in the cache.
 fn small_linear(pool: &Pool) {
     for (inputs, outputs) in [(192, 192), (192, 1024), (192, 2048)] {
-        let bytes = vec![0; inputs * outputs * 2];
-        let matrix = Matrix::pack(WeightView { dtype: Dtype::F16, bytes: &bytes, rows: outputs, columns: inputs })
-            .unwrap_or_else(|error| unreachable!("{error}"));
+        let matrix = matrix(Dtype::F16, outputs, inputs);
         let x = vec![0.25; inputs];
         let mut y = vec![0.0; outputs];
         let seconds = shortest(20, || {

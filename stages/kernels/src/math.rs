@@ -46,6 +46,7 @@ const ERFC: [f32; 7] =
     [1.365_905_9e-5, -3.474_545_7e-4, 3.744_262_3e-3, -2.398_104e-2, 1.064_957_7e-1, 6.349_917e-1, 1.286_886_3e-1];
 
 /// e^x.
+#[inline]
 pub fn exp(x: f32) -> f32 {
     let clamped = if x < EXP_LOW { EXP_LOW } else { x };
     let clamped = if EXP_HIGH < clamped { EXP_HIGH } else { clamped };
@@ -63,6 +64,7 @@ pub fn exp(x: f32) -> f32 {
 }
 
 /// The hyperbolic tangent.
+#[inline]
 pub fn tanh(x: f32) -> f32 {
     let a = x.abs();
     let s = a * a;
@@ -73,6 +75,7 @@ pub fn tanh(x: f32) -> f32 {
 }
 
 /// 1 / (1 + e^-x), as e^x / (1 + e^x) for negative x, so that small results keep their precision.
+#[inline]
 pub fn sigmoid(x: f32) -> f32 {
     let e = exp(-x.abs());
     let result = if x < 0.0 { e } else { 1.0 } / (1.0 + e);
@@ -80,6 +83,7 @@ pub fn sigmoid(x: f32) -> f32 {
 }
 
 /// The error function.
+#[inline]
 pub fn erf(x: f32) -> f32 {
     let a = x.abs();
     let s = a * a;
