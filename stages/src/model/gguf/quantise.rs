@@ -274,6 +274,38 @@ mod tests {
         assert_eq!(Encoding::Q4K.row_bytes(320), None);
     }
 
+    /// The kernels read what is written here, and what they read is near what was meant.
+    #[test]
+    fn packed_rows_are_near_the_rows_that_were_written() {
+        let mut state = 1_u32;
+        let mut number = || {
+            state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+            (state >> 8) as f32 / (1 << 24) as f32 - 0.5
+        };
+        // Sums of three are nearly normal; each part of a block has a scale and an offset of its own.
+        let part = |index: usize| ((index / 16 % 5 + 1) as f32, (index / 32 % 3) as f32 - 1.0);
+        let values: Vec<f32> =
+            (0..19 * 512).map(|index| (number() + number() + number()) * part(index).0 + part(index).1).collect();
+        let energy: f32 = values.iter().map(|value| value * value).sum();
+        let bounds = [0.0, 1e-3, 4e-3, 0.01, 0.13, 0.08, 0.04, 0.03];
+        for (encoding, bound) in Encoding::ALL.into_iter().zip(bounds) {
+            let mut bytes = Vec::new();
+            values.chunks(512).for_each(|row| encoding.encode(row, &mut bytes));
+            let dtype = TensorKind::of(encoding.code()).unwrap().dtype().unwrap();
+            let view = butterfly_kernels::WeightView { dtype, bytes: &bytes, rows: 19, columns: 512 };
+            let matrix = butterfly_kernels::Matrix::pack(view).unwrap();
+            let mut row = vec![0.0; 512];
+            let mut fault = 0.0;
+            for (index, values) in values.chunks(512).enumerate() {
+                matrix.row(index, &mut row);
+                fault += values.iter().zip(&row).map(|(one, other)| (one - other) * (one - other)).sum::<f32>();
+            }
+            let relative = (fault / energy).sqrt();
+            assert!(relative <= bound, "{}: {relative}", encoding.name());
+            assert!(relative > bound / 20.0 || bound == 0.0, "{}: {relative}, the bound says nothing", encoding.name());
+        }
+    }
+
     #[test]
     fn extremes_of_a_block_are_kept() {
         let mut block = [0.0_f32; 32];

@@ -8,6 +8,9 @@
 //!
 //! It refuses to know how text is split and merged.
 
+#[cfg(test)]
+mod tests;
+
 use std::collections::{BTreeMap, BTreeSet};
 
 use serde_json::{Map, Value as Json, json};
