@@ -5,6 +5,8 @@
 use std::fs;
 use std::path::Path;
 
+use butterfly::model::gguf::convert;
+use butterfly::model::gguf::quantise::Encoding;
 use butterfly_engine::frame::Frame;
 use butterfly_fuzz::{Meta, epoch, key};
 use butterfly_verify::{
@@ -13,6 +15,7 @@ use butterfly_verify::{
 
 fn main() {
     frames();
+    models();
     topologies();
     protocol();
 }
@@ -29,6 +32,47 @@ fn frames() {
     stream.extend_from_slice(control.as_bytes());
     write("frame_bytes", "stream", &stream);
     write("frame_bytes", "header", &control.as_bytes()[..64]);
+}
+
+/// One small model in each encoding that its width allows, without and with a tokenizer.
+fn models() {
+    let config = |family: &str| {
+        serde_json::json!({
+            "model_type": family, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "intermediate_size": 32, "vocab_size": 270, "max_position_embeddings": 32,
+            "rms_norm_eps": 1e-5, "tie_word_embeddings": true, "bos_token_id": 0, "eos_token_id": 0,
+        })
+        .to_string()
+    };
+    let byte = |byte: u8| {
+        let printable = |byte: u8| matches!(byte, b'!'..=b'~' | 0xa1..=0xac | 0xae..=0xff);
+        let rank = (0..byte).filter(|byte| !printable(*byte)).count() as u32;
+        let char = if printable(byte) { char::from(byte) } else { char::from_u32(0x100 + rank).expect("a letter") };
+        char.to_string()
+    };
+    let tokens = (0..=255).map(byte).chain(["ab".to_owned()]).enumerate();
+    let vocabulary: serde_json::Map<String, serde_json::Value> = tokens.map(|(id, text)| (text, id.into())).collect();
+    let byte_level = serde_json::json!({ "type": "ByteLevel", "add_prefix_space": false, "use_regex": true });
+    let tokenizer = serde_json::json!({
+        "added_tokens": [], "pre_tokenizer": byte_level, "decoder": byte_level,
+        "model": { "type": "BPE", "vocab": vocabulary, "merges": ["a b"] },
+    })
+    .to_string();
+    for (name, family, encoding, tokenizer) in [
+        ("llama-q8_0", "llama", Encoding::Q8_0, Some(&tokenizer)),
+        ("llama-q4_0", "llama", Encoding::Q4_0, None),
+        ("qwen2-f16", "qwen2", Encoding::F16, None),
+    ] {
+        let rows = |_: &str, row: usize, numbers: &mut [f32]| {
+            numbers.iter_mut().enumerate().for_each(|(index, number)| *number = ((index * 7 + row) % 13) as f32 / 13.0);
+            Ok(())
+        };
+        let mut file = Vec::new();
+        let tokenizer = tokenizer.map(|text| text.as_bytes());
+        convert::model(config(family).as_bytes(), tokenizer, name, encoding, rows, &mut file).expect("a small model");
+        write("gguf_bytes", name, &file);
+        write("gguf_bytes", &format!("{name}-cut"), &file[..file.len() / 2]);
+    }
 }
 
 /// The examples, and each of them with one thing wrong.
