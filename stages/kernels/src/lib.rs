@@ -14,7 +14,7 @@
 //! The crate knows nothing of models, files, requests or clocks.
 
 // Without a vector path there is no caller of the vector code, which compiles all the same.
-#![cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+#![cfg_attr(not(any(target_arch = "x86_64", target_arch = "aarch64")), allow(dead_code))]
 
 pub mod math;
 pub mod sample;
@@ -48,13 +48,16 @@ pub use likelihood::{LogProbs, log_probs};
 pub use linear::linear;
 pub use matrix::{Matrix, PackError, WeightView};
 pub use norm::{layer_norm, rms_norm};
-pub use path::{Path, Unsupported};
+pub use path::{Path, Refused, Unsupported};
 pub use pool::Pool;
 pub use profile::{PROFILE, profile_digest};
 pub use rope::{RopeError, RopeScaling, RopeTable, rope};
 
 #[cfg(target_arch = "x86_64")]
 pub use simd::avx2::Avx2;
+
+#[cfg(target_arch = "aarch64")]
+pub use simd::neon::Neon;
 
 /// A computation met a NaN or an infinity. The request that caused it ends with one canonical outcome, which carries no
 /// number, so that NaN bits never enter a digest.

@@ -12,6 +12,8 @@ use crate::pool::Pool;
 
 mod golden;
 
+pub(crate) use golden::{Output, path_outputs};
+
 /// Name of the profile.
 pub const PROFILE: &str = "cpu-1";
 
@@ -31,7 +33,13 @@ fn digest(path: Path) -> [u8; 32] {
         hasher.update(line);
         hasher.update(b"\n");
     }
-    golden::hash_outputs(&Pool::new(1, path), &mut hasher);
+    for Output { operation, bits } in golden::profile_outputs(&Pool::new(1, path)) {
+        hasher.update(operation);
+        hasher.update((bits.len() as u64).to_le_bytes());
+        for bits in bits {
+            hasher.update(bits.to_le_bytes());
+        }
+    }
     hasher.finalize().into()
 }
 

@@ -11,6 +11,8 @@ use crate::blocks::FOUR;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
+#[cfg(target_arch = "aarch64")]
+pub(crate) mod neon;
 
 /// Outputs computed side by side: the width of a panel, and the number of virtual lanes of a sum.
 pub(crate) const LANES: usize = 16;

@@ -211,6 +211,9 @@ impl ComputeStage {
         let (model, plan) = (Arc::clone(&self.services.model), Arc::clone(&self.services.plan));
         let node = self.services.node.clone();
         let need = usize::from(self.services.epoch.parts().max_byzantine) + 1;
+        for refused in butterfly_kernels::Path::refused() {
+            tracing::warn!("{refused}");
+        }
         let path = butterfly_kernels::Path::detect()
             .map_err(|error| StageError::environment("join a verifying cluster on this processor", error))?;
         #[cfg(feature = "adversary")]

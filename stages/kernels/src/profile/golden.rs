@@ -1,35 +1,51 @@
-//! One small case of every operation, on fixed inputs, for the profile's digest.
+//! One small case of every operation, on fixed inputs: for the profile's digest, and for paths to prove themselves.
 //!
 //! The inputs come from integers alone. Shapes are chosen so that each operation meets a whole block, a partial one and
 //! more than one row.
-
-use sha2::{Digest, Sha256};
 
 use crate::{
     CacheStorage, Dtype, KvCache, Matrix, Pool, RopeScaling, RopeTable, WeightView, activation, all_finite, attention,
     layer_norm, linear, math, rms_norm, rope, sample, sum,
 };
 
-pub(super) fn hash_outputs(pool: &Pool, hasher: &mut Sha256) {
-    let mut source = Source(0);
-    let mut outputs = Outputs(hasher);
-    functions(pool, &mut outputs);
-    linear_layers(pool, &mut source, &mut outputs);
-    norms_and_activations(pool, &mut source, &mut outputs);
-    rotations(&mut source, &mut outputs);
-    attentions(pool, &mut source, &mut outputs);
-    samples(&mut source, &mut outputs);
+/// What an operation computed, as bits.
+pub(crate) struct Output {
+    pub(crate) operation: &'static str,
+    pub(crate) bits: Vec<u32>,
 }
 
-struct Outputs<'a>(&'a mut Sha256);
+/// What the profile's digest covers: every operation, and draws.
+pub(super) fn profile_outputs(pool: &Pool) -> Vec<Output> {
+    let (mut source, mut outputs) = (Source(0), Outputs(Vec::new()));
+    operations(pool, &mut source, &mut outputs);
+    samples(&mut source, &mut outputs);
+    outputs.0
+}
 
-impl Outputs<'_> {
-    fn add(&mut self, name: &str, values: &[f32]) {
-        self.0.update(name);
-        self.0.update((values.len() as u64).to_le_bytes());
-        for value in values {
-            self.0.update(value.to_bits().to_le_bytes());
-        }
+/// What a path must compute as the definition does: every operation, with tiles of every height, always in the same
+/// order and number. Draws are not among them, because they use whichever path was found.
+pub(crate) fn path_outputs(pool: &Pool) -> Vec<Output> {
+    let (mut source, mut outputs) = (Source(0), Outputs(Vec::new()));
+    operations(pool, &mut source, &mut outputs);
+    linear_layers(pool, &mut source, &mut outputs, &[5, 6, 12]);
+    attentions(pool, &mut source, &mut outputs, 2, &[1, 2, 4]);
+    attentions(pool, &mut source, &mut outputs, 6, &[2, 4]);
+    outputs.0
+}
+
+fn operations(pool: &Pool, source: &mut Source, outputs: &mut Outputs) {
+    functions(pool, outputs);
+    linear_layers(pool, source, outputs, &[1, 2, 3, 4, 8, 15]);
+    norms_and_activations(pool, source, outputs);
+    rotations(source, outputs);
+    attentions(pool, source, outputs, 6, &[1, 5]);
+}
+
+struct Outputs(Vec<Output>);
+
+impl Outputs {
+    fn add(&mut self, operation: &'static str, values: &[f32]) {
+        self.0.push(Output { operation, bits: values.iter().map(|value| value.to_bits()).collect() });
     }
 }
 
@@ -57,7 +73,7 @@ impl Source {
 }
 
 /// All signs and exponents, and mantissas that differ from one to the next.
-fn functions(pool: &Pool, outputs: &mut Outputs<'_>) {
+fn functions(pool: &Pool, outputs: &mut Outputs) {
     const STEP: u32 = 0x000f_fedc;
     let inputs: Vec<f32> = (0..u32::MAX / STEP).map(|i| f32::from_bits(i * STEP)).collect();
     type Function = (&'static str, fn(crate::Path, &mut [f32]));
@@ -70,7 +86,7 @@ fn functions(pool: &Pool, outputs: &mut Outputs<'_>) {
     }
 }
 
-fn linear_layers(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
+fn linear_layers(pool: &Pool, source: &mut Source, outputs: &mut Outputs, batches: &[usize]) {
     for dtype in Dtype::ALL {
         // Two panels and a part of one, and more than one block of the format.
         let (rows, columns) = (35, if dtype.block_columns() == 1 { 300 } else { 512 });
@@ -96,7 +112,7 @@ fn linear_layers(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
         matrix.row(rows - 1, &mut row);
         outputs.add("row", &row);
         let bias = source.numbers(rows);
-        for n in [1, 2, 3, 4, 8, 15] {
+        for &n in batches {
             let x = source.numbers(n * columns);
             let mut y = vec![0.0; n * rows];
             linear(pool, &matrix, Some(&bias), &x, &mut y);
@@ -123,7 +139,7 @@ fn blocks(source: &mut Source, dtype: Dtype, count: usize, halves: &[usize]) -> 
     bytes
 }
 
-fn norms_and_activations(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
+fn norms_and_activations(pool: &Pool, source: &mut Source, outputs: &mut Outputs) {
     let (rows, width, eps) = (2, 75, 1e-5);
     let x = source.numbers(rows * width);
     let weight = source.numbers(width);
@@ -149,7 +165,7 @@ fn norms_and_activations(pool: &Pool, source: &mut Source, outputs: &mut Outputs
     }
 }
 
-fn rotations(source: &mut Source, outputs: &mut Outputs<'_>) {
+fn rotations(source: &mut Source, outputs: &mut Outputs) {
     let scalings = [
         RopeScaling::Default,
         RopeScaling::Linear { factor: 4.0 },
@@ -166,8 +182,8 @@ fn rotations(source: &mut Source, outputs: &mut Outputs<'_>) {
     }
 }
 
-fn attentions(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
-    let (heads, kv_heads, head_dim, positions) = (6, 2, 24, 45);
+fn attentions(pool: &Pool, source: &mut Source, outputs: &mut Outputs, heads: usize, batches: &[usize]) {
+    let (kv_heads, head_dim, positions) = (2, 24, 45);
     for storage in [CacheStorage::F16, CacheStorage::F32] {
         let mut cache = KvCache::with_storage(kv_heads, head_dim, positions, storage);
         for _ in 0..positions {
@@ -175,7 +191,7 @@ fn attentions(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
             let pushed = cache.push(&source.numbers(width), &source.numbers(width));
             debug_assert!(pushed.is_ok(), "numbers below 1 are stored");
         }
-        for rows in [1, 5] {
+        for &rows in batches {
             let q: Vec<f32> = source.numbers(rows * heads * head_dim);
             let q: Vec<f32> = q.iter().map(|q| q * 16.0).collect();
             let mut out = vec![0.0; q.len()];
@@ -186,7 +202,7 @@ fn attentions(pool: &Pool, source: &mut Source, outputs: &mut Outputs<'_>) {
     }
 }
 
-fn samples(source: &mut Source, outputs: &mut Outputs<'_>) {
+fn samples(source: &mut Source, outputs: &mut Outputs) {
     let logits: Vec<f32> = source.numbers(100).iter().map(|l| l * 4.0).collect();
     let mut samplings = vec![sample::Sampling::default()];
     for (top_k, top_p) in [(0, 1.0), (10, 1.0), (0, 0.9), (20, 0.75)] {

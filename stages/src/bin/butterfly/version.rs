@@ -25,6 +25,7 @@ pub(crate) fn run(_: &Args, global: &Global) -> Result<(), Failure> {
         Ok(path) => path.name().to_owned(),
         Err(unsupported) => format!("none: {unsupported}"),
     };
+    let refused: Vec<String> = kernels::Path::refused().iter().map(ToString::to_string).collect();
     let adversary = cfg!(feature = "adversary");
     if global.json {
         return global.print_json(&json!({
@@ -32,13 +33,15 @@ pub(crate) fn run(_: &Args, global: &Global) -> Result<(), Failure> {
             "profile": kernels::PROFILE,
             "profile_digest": profile_digest,
             "instructions": path.is_ok().then_some(&instructions),
+            "instructions_refused": refused,
             "features": { "adversary": adversary },
         }));
     }
     global.print(&format!(
-        "butterfly {version}\nnumerics    {} {}\ninstructions {instructions}\nadversaries {}",
+        "butterfly {version}\nnumerics    {} {}\ninstructions {instructions}{}\nadversaries {}",
         kernels::PROFILE,
         &profile_digest[..16],
+        refused.iter().map(|reason| format!("\n             {reason}")).collect::<String>(),
         if adversary { "may be named in a topology (feature `adversary`)" } else { "not built in" },
     ))
 }
