@@ -7,6 +7,7 @@ whole one.
 """
 
 import os
+import pathlib
 import sys
 import unittest
 import uuid
@@ -89,16 +90,113 @@ class OpenAi(unittest.TestCase):
             self.client.completions.create(model=MODEL, prompt="Another", max_tokens=8, extra_headers=headers)
 
 
+class Chat(unittest.TestCase):
+    """The same in the form of chats, which is what most clients speak."""
+
+    MESSAGES = [{"role": "system", "content": "Answer briefly."}, {"role": "user", "content": "What is ownership?"}]
+
+    @classmethod
+    def setUpClass(cls):
+        cls.cluster = cls.enterClassContext(Cluster(BINARY))
+        cls.client = client(cls.cluster)
+
+    def test_openai(self):
+        ask = {"model": MODEL, "messages": self.MESSAGES, "max_tokens": 24, "temperature": 0}
+        whole = self.client.chat.completions.create(**ask)
+        self.assertEqual(whole.choices[0].message.role, "assistant")
+        self.assertEqual(whole.butterfly["verification"]["status"], "certified")
+        chunks = list(self.client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+        self.assertEqual(chunks[0].choices[0].delta.role, "assistant")
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        self.assertEqual(text, whole.choices[0].message.content)
+        self.assertEqual(chunks[-1].usage, whole.usage)
+        both = self.client.chat.completions.create(**{**ask, "temperature": 1, "n": 2})
+        self.assertEqual([choice.index for choice in both.choices], [0, 1])
+        with self.assertRaises(openai.BadRequestError) as caught:
+            self.client.chat.completions.create(**ask, tools=[{"type": "function", "function": {"name": "f"}}])
+        self.assertEqual((caught.exception.code, caught.exception.param), ("unsupported_parameter", "tools"))
+
+    def test_litellm(self):
+        ask = {
+            "model": f"openai/{MODEL}",
+            "api_base": f"{self.cluster.url}/v1",
+            "api_key": KEY,
+            "messages": self.MESSAGES,
+            "max_tokens": 24,
+            "temperature": 0,
+            "max_retries": 0,
+        }
+        whole = litellm.completion(**ask)
+        self.assertGreater(whole.usage.completion_tokens, 0)
+        chunks = list(litellm.completion(**ask, stream=True))
+        text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+        self.assertEqual(text, whole.choices[0].message.content)
+
+    def test_langchain(self):
+        model = langchain_openai.ChatOpenAI(
+            model=MODEL,
+            base_url=f"{self.cluster.url}/v1",
+            api_key=KEY,
+            max_retries=0,
+            max_tokens=24,
+            temperature=0,
+            stream_usage=True,
+        )
+        whole = model.invoke("What is ownership?")
+        self.assertGreater(whole.usage_metadata["output_tokens"], 0)
+        chunks = list(model.stream("What is ownership?"))
+        self.assertEqual("".join(chunk.content for chunk in chunks), whole.content)
+        self.assertTrue(any(chunk.usage_metadata for chunk in chunks))
+
+
+@unittest.skipUnless(os.environ.get("BUTTERFLY_MINILM"), "BUTTERFLY_MINILM names no folder with a pretrained encoder")
+class Embeddings(unittest.TestCase):
+    TEXTS = ["A cat sat on the mat.", "Ownership moves a value.", "A cat sat on the mat."]
+
+    @classmethod
+    def setUpClass(cls):
+        init = ("--model", str(pathlib.Path(os.environ["BUTTERFLY_MINILM"]).resolve()))
+        cls.cluster = cls.enterClassContext(Cluster(BINARY, init=init))
+        cls.client = client(cls.cluster)
+        cls.model = cls.client.models.list().data[0].id
+
+    def test_openai_asks_for_base64_unless_told_otherwise(self):
+        found = self.client.embeddings.create(model=self.model, input=self.TEXTS)
+        vectors = [entry.embedding for entry in found.data]
+        self.assertEqual([len(vector) for vector in vectors], [384] * 3)
+        self.assertEqual(vectors[0], vectors[2])
+        self.assertNotEqual(vectors[0], vectors[1])
+        floats = self.client.embeddings.create(model=self.model, input=self.TEXTS[0], encoding_format="float")
+        for one, other in zip(floats.data[0].embedding, vectors[0], strict=True):
+            self.assertAlmostEqual(one, other, places=6)
+        self.assertGreater(found.usage.prompt_tokens, 0)
+
+    def test_litellm_and_langchain(self):
+        url = f"{self.cluster.url}/v1"
+        lite = litellm.embedding(model=f"openai/{self.model}", api_base=url, api_key=KEY, input=self.TEXTS[:1])
+        self.assertEqual(len(lite.data[0]["embedding"]), 384)
+        chain = langchain_openai.OpenAIEmbeddings(
+            model=self.model, base_url=url, api_key=KEY, check_embedding_ctx_length=False
+        )
+        self.assertEqual([len(vector) for vector in chain.embed_documents(self.TEXTS)], [384] * 3)
+
+
 class Limited(unittest.TestCase):
+    """One request a second: however slow the machine, those that come together are too many."""
+
     def test_a_client_that_is_told_to_wait_waits_and_succeeds(self):
-        with Cluster(BINARY, "rate_limit_per_second = 8") as cluster:
-            patient = client(cluster, max_retries=8)
-            with ThreadPoolExecutor(12) as pool:
-                models = list(pool.map(lambda _: patient.models.list().data[0].id, range(24)))
-            self.assertEqual(models, [MODEL] * 24)
-            with self.assertRaises(openai.RateLimitError):
-                for _ in range(100):
-                    client(cluster).models.list()
+        with Cluster(BINARY, "rate_limit_per_second = 1") as cluster, ThreadPoolExecutor(8) as pool:
+            patient, hasty = client(cluster, max_retries=20), client(cluster)
+            models = list(pool.map(lambda _: patient.models.list().data[0].id, range(4)))
+            self.assertEqual(models, [MODEL] * 4)
+
+            def refused(_):
+                try:
+                    return hasty.models.list() is None
+                except openai.RateLimitError:
+                    return True
+
+            self.assertIn(True, pool.map(refused, range(16)))
 
 
 class Killed(unittest.TestCase):
@@ -112,6 +210,16 @@ class Killed(unittest.TestCase):
                 model=MODEL, stream=True, **ask
             )
         )
+        yield "openai chat", lambda: (
+            chunk.choices[0].delta.content
+            for chunk in openai.OpenAI(base_url=url, api_key=KEY, max_retries=0).chat.completions.create(
+                model=MODEL,
+                messages=[{"role": "user", "content": PROMPT}],
+                max_tokens=900,
+                stream=True,
+                extra_body={"ignore_eos": True},
+            )
+        )
         yield "litellm", lambda: (
             chunk.choices[0].text
             for chunk in litellm.text_completion(
@@ -123,7 +231,7 @@ class Killed(unittest.TestCase):
         ).stream(PROMPT)
 
     def test_half_a_stream_raises(self):
-        for name in ("openai", "litellm", "langchain"):
+        for name in ("openai", "openai chat", "litellm", "langchain"):
             with self.subTest(name), Cluster(BINARY) as cluster:
                 stream = iter(dict(self.streams(f"{cluster.url}/v1"))[name]())
                 next(stream)

@@ -38,6 +38,7 @@ class Cluster:
         topology = cluster / "topology.toml"
         text = topology.read_text()
         text = re.sub(r'(listen_address = "127\.0\.0\.1):\d+', lambda m: f"{m[1]}:{free_port(socket.SOCK_DGRAM)}", text)
+        text = re.sub(r'(admin_address = "127\.0\.0\.1):\d+', lambda m: f"{m[1]}:{free_port(socket.SOCK_STREAM)}", text)
         port = free_port(socket.SOCK_STREAM)
         text = re.sub(r'bind_address = "127\.0\.0\.1:\d+"', f'bind_address = "127.0.0.1:{port}"', text)
         lines = self.ingest
