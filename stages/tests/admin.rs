@@ -66,13 +66,13 @@ struct Watched {
 }
 
 impl Watched {
-    async fn start() -> Self {
+    async fn start(slices: usize) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let token_file = folder.path().join("admin.token");
         std::fs::write(&token_file, format!("{SECRET}\n")).unwrap();
         let mode = std::os::unix::fs::PermissionsExt::from_mode(0o600);
         std::fs::set_permissions(&token_file, mode).unwrap();
-        let loopback = Loopback { admin_token_file: Some(token_file.clone()), ..Loopback::default() };
+        let loopback = Loopback { slices, admin_token_file: Some(token_file.clone()), ..Loopback::default() };
         let cluster = loopback.start(folder.path()).await.unwrap();
         cluster.meshed().await;
         Self { cluster, token_file, _folder: folder }
@@ -152,7 +152,7 @@ async fn timeline(address: SocketAddr, id: &str, until: &str) -> Value {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn metrics_are_complete_from_the_start_and_only_for_who_knows_the_secret() {
-    let watched = Watched::start().await;
+    let watched = Watched::start(1).await;
     for address in watched.admins() {
         for path in ["/metrics", "/api/v1/nodes", "/nowhere"] {
             let (status, body) = read(send(address, "GET", path, &[], String::new()).await).await;
@@ -197,7 +197,7 @@ fn lint(metrics: &str) {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_request_is_followed_over_every_node() {
-    let watched = Watched::start().await;
+    let watched = Watched::start(1).await;
     let answer = watched.ask("req-follow").await;
     let admins = watched.admins();
     let gateway = timeline(admins[0], "req-follow", "answered").await;
@@ -212,10 +212,8 @@ async fn a_request_is_followed_over_every_node() {
         let marks = timeline["marks"].as_array().unwrap();
         let times: Vec<u64> = marks.iter().map(|mark| mark["at_us"].as_u64().unwrap()).collect();
         assert!(times.is_sorted(), "{times:?}");
-        for (stage, what) in [("transfer", "opened"), ("compute", "pass"), ("transfer", "hop"), ("consensus", "voted")]
-        {
-            let is_there = marks.iter().any(|mark| mark["stage"] == stage && mark["what"] == what);
-            assert!(is_there, "{stage} {what} on {}: {timeline}", timeline["node"]);
+        for (stage, what) in [("transfer", "opened"), ("compute", "pass"), ("consensus", "voted")] {
+            assert!(has_mark(&timeline, stage, what), "{stage} {what} on {}: {timeline}", timeline["node"]);
         }
     }
     let whats: Vec<&Value> = gateway["marks"].as_array().unwrap().iter().map(|mark| &mark["what"]).collect();
@@ -248,8 +246,26 @@ async fn a_request_is_followed_over_every_node() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
+async fn rows_between_slices_are_hops_at_their_receivers() {
+    let watched = Watched::start(2).await;
+    watched.ask("req-hop").await;
+    let admins = watched.admins();
+    let gateway = timeline(admins[0], "req-hop", "answered").await;
+    let rd = gateway["request"].as_str().unwrap();
+    for address in &admins {
+        let timeline = timeline(*address, rd, "voted").await;
+        assert!(has_mark(&timeline, "transfer", "hop"), "{}: {timeline}", timeline["node"]);
+    }
+    watched.cluster.shutdown().await.unwrap();
+}
+
+fn has_mark(timeline: &Value, stage: &str, what: &str) -> bool {
+    timeline["marks"].as_array().unwrap().iter().any(|mark| mark["stage"] == stage && mark["what"] == what)
+}
+
+#[tokio::test(flavor = "multi_thread")]
 async fn the_cluster_is_shown_as_json_as_a_page_and_as_events() {
-    let watched = Watched::start().await;
+    let watched = Watched::start(1).await;
     let admins = watched.admins();
     let bearer = format!("Bearer {SECRET}");
     let events = send(admins[0], "GET", "/api/v1/events?limit=3", &[("authorization", &bearer)], String::new()).await;
