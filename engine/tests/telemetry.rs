@@ -77,7 +77,7 @@ fn label_sets_are_bounded_whatever_a_caller_does() {
 }
 
 /// Every name of the catalogue, as a scraper knows it.
-const CATALOGUE: [&str; 40] = [
+const CATALOGUE: [&str; 41] = [
     "tasks_total",
     "task_latency_seconds",
     "time_to_first_token_seconds",
@@ -107,6 +107,7 @@ const CATALOGUE: [&str; 40] = [
     "partition_computation_duration_seconds",
     "partition_cache_hit_ratio",
     "partition_quality_ratio",
+    "result_cache_hit_ratio",
     "consensus_rounds_total",
     "phase_transitions_total",
     "node_failures_total",

@@ -19,7 +19,7 @@ const SECRET: &str = "a-secret-of-the-operator-0123456789";
 const PARENT: &str = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01";
 
 /// Names that a scraper finds on every node from the start.
-const CATALOGUE: [&str; 37] = [
+const CATALOGUE: [&str; 38] = [
     "tasks_total",
     "task_latency_seconds",
     "time_to_first_token_seconds",
@@ -46,6 +46,7 @@ const CATALOGUE: [&str; 37] = [
     "partition_computation_duration_seconds",
     "partition_cache_hit_ratio",
     "partition_quality_ratio",
+    "result_cache_hit_ratio",
     "consensus_rounds_total",
     "phase_transitions_total",
     "node_failures_total",
