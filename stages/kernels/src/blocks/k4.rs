@@ -180,7 +180,7 @@ where
     }
 
     #[inline(always)]
-    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations256; R], acc: [S::F; R]) -> [S::F; R] {
+    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations256; R], mut acc: [S::F; R]) -> [S::F; R] {
         let mut sums = [simd.splat_bits(0); R];
         for part in 0..PARTS {
             let scales = simd.factors(&self.part_scales[part]);
@@ -208,13 +208,13 @@ where
             }
         }
         let (scales, minima) = (simd.load_f16(&self.scales), simd.load_f16(&self.minima));
-        std::array::from_fn(|r| {
-            let x_scale = simd.splat(x[r].scale);
-            let acc = simd.fma(simd.mul(scales, x_scale), simd.to_f32(sums[r]), acc[r]);
+        for r in 0..R {
+            acc[r] = simd.fma(simd.mul(scales, simd.splat(x[r].scale)), simd.to_f32(sums[r]), acc[r]);
             // The sign of a product is exact, so the negation may stand on either side of it.
             let minus = simd.mul(minima, simd.splat(-x[r].scale));
-            simd.fma(minus, simd.to_f32(below[r]), acc)
-        })
+            acc[r] = simd.fma(minus, simd.to_f32(below[r]), acc[r]);
+        }
+        acc
     }
 }
 

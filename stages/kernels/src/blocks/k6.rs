@@ -90,10 +90,13 @@ impl Blocks for Q6K {
     }
 
     #[inline(always)]
-    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations256; R], acc: [S::F; R]) -> [S::F; R] {
+    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations256; R], mut acc: [S::F; R]) -> [S::F; R] {
         let mut sums = [simd.splat_bits(0); R];
         for part in 0..PARTS {
-            let mut part_sums: [S::Small; R] = std::array::from_fn(|r| simd.small(x[r].sums[part], -i16::from(OFFSET)));
+            let mut part_sums = [simd.small([0; 2], 0); R];
+            for r in 0..R {
+                part_sums[r] = simd.small(x[r].sums[part], -i16::from(OFFSET));
+            }
             let upper = simd.bytes(&self.upper[part]);
             for pair in 0..2 {
                 let (even, odd) = simd.nibbles(simd.bytes(&self.quants[part][pair]));
@@ -111,9 +114,10 @@ impl Blocks for Q6K {
             }
         }
         let scales = simd.load_f16(&self.scales);
-        std::array::from_fn(|r| {
+        for r in 0..R {
             let scale = simd.mul(scales, simd.splat(x[r].scale));
-            simd.fma(scale, simd.to_f32(sums[r]), acc[r])
-        })
+            acc[r] = simd.fma(scale, simd.to_f32(sums[r]), acc[r]);
+        }
+        acc
     }
 }

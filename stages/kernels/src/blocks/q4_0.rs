@@ -61,8 +61,11 @@ impl Blocks for Q4_0 {
     }
 
     #[inline(always)]
-    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations32; R], acc: [S::F; R]) -> [S::F; R] {
-        let mut sums: [S::Small; R] = std::array::from_fn(|r| simd.small(x[r].sums, -i16::from(OFFSET)));
+    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations32; R], mut acc: [S::F; R]) -> [S::F; R] {
+        let mut sums = [simd.small([0; 2], 0); R];
+        for r in 0..R {
+            sums[r] = simd.small(x[r].sums, -i16::from(OFFSET));
+        }
         for vector in 0..4 {
             let (even, odd) = simd.nibbles(simd.bytes(&self.quants[vector]));
             for r in 0..R {
@@ -71,9 +74,10 @@ impl Blocks for Q4_0 {
             }
         }
         let scales = simd.load_f16(&self.scales);
-        std::array::from_fn(|r| {
+        for r in 0..R {
             let scale = simd.mul(scales, simd.splat(x[r].scale));
-            simd.fma(scale, simd.to_f32(simd.total(sums[r])), acc[r])
-        })
+            acc[r] = simd.fma(scale, simd.to_f32(simd.total(sums[r])), acc[r]);
+        }
+        acc
     }
 }

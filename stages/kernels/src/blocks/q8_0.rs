@@ -57,8 +57,11 @@ impl Blocks for Q8_0 {
     }
 
     #[inline(always)]
-    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations32; R], acc: [S::F; R]) -> [S::F; R] {
-        let mut sums: [S::Bits; R] = std::array::from_fn(|r| simd.dot_start(x[r].sums));
+    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations32; R], mut acc: [S::F; R]) -> [S::F; R] {
+        let mut sums = [simd.splat_bits(0); R];
+        for r in 0..R {
+            sums[r] = simd.dot_start(x[r].sums);
+        }
         for four in 0..8 {
             let weights = simd.bytes(&self.quants[four]);
             for r in 0..R {
@@ -66,9 +69,10 @@ impl Blocks for Q8_0 {
             }
         }
         let scales = simd.load_f16(&self.scales);
-        std::array::from_fn(|r| {
+        for r in 0..R {
             let scale = simd.mul(scales, simd.splat(x[r].scale));
-            simd.fma(scale, simd.to_f32(sums[r]), acc[r])
-        })
+            acc[r] = simd.fma(scale, simd.to_f32(sums[r]), acc[r]);
+        }
+        acc
     }
 }

@@ -137,9 +137,13 @@ impl<B: Blocks, const R: usize> Kernel for Tile<'_, B, R> {
 
     #[inline(always)]
     fn vector<S: Simd>(self, simd: S) {
-        let mut acc: [S::F; R] = std::array::from_fn(|r| simd.load(&self.sums[r]));
+        let mut acc = [simd.splat(0.0); R];
+        for (acc, sum) in acc.iter_mut().zip(&*self.sums) {
+            *acc = simd.load(sum);
+        }
         for (index, block) in self.blocks.iter().enumerate() {
-            acc = block.advance(simd, std::array::from_fn(|r| &self.rows[r][index]), acc);
+            let x = std::array::from_fn(|r| &self.rows[r][index]);
+            acc = block.advance(simd, x, acc);
         }
         for (sum, acc) in self.sums.iter_mut().zip(acc) {
             simd.store(acc, sum);
