@@ -8,8 +8,6 @@
 
 use std::ops::Range;
 
-use bytemuck::{Pod, Zeroable};
-
 use crate::lanes::{all_finite, max_scalar, max_vector};
 use crate::pool::{Disjoint, Pool};
 use crate::simd::{Block, Kernel, LANES, ROUNDER, SIGN, Simd};
@@ -20,169 +18,264 @@ const INPUT_COST: usize = 4;
 /// The greatest magnitude of a rounded input.
 const QUANT_MAX: f32 = 127.0;
 
+/// The most inputs of a block.
+pub(crate) const STEPS_MAX: usize = 256;
+
 /// For each even and each odd pair of consecutive inputs, the sum: of inputs 4 f and 4 f + 1 over all fours, and of
 /// inputs 4 f + 2 and 4 f + 3. Together they are the sum of all.
 pub(crate) type PairSums = [i16; 2];
 
-/// One block of inputs of one row.
-pub(crate) trait ActivationBlock: Pod + Send + Sync {
-    /// Inputs.
+/// How inputs are rounded: how many share a scale.
+pub(crate) trait Activations {
+    /// Inputs of a block.
     const STEPS: usize;
 
-    fn scale(&self) -> f32;
-
-    fn quants(&self) -> &[[i8; 4]];
-
-    /// Takes the block from its scale, and its numbers divided by that and rounded.
-    fn set(&mut self, scale: f32, rounded: &[f32]);
+    /// One block of `R` rows.
+    type Tile<const R: usize>: Tile;
 }
 
-/// 32 inputs.
-#[derive(Clone, Copy, Zeroable, Pod)]
-#[repr(C)]
-pub(crate) struct Activations32 {
-    pub(crate) scale: f32,
-    pub(crate) sums: PairSums,
-    pub(crate) quants: [[i8; 4]; 8],
+/// One block of inputs of some rows. Bytes of the rows stand side by side, in the order in which they are met.
+pub(crate) trait Tile: Clone + Send + Sync {
+    /// All zeros.
+    const ZERO: Self;
+
+    /// Takes the block of one row from its scale, and its numbers divided by that and rounded.
+    fn set(&mut self, row: usize, scale: f32, rounded: &[f32]);
+
+    /// The scale of one row, and its numbers, which go to the start of `out`.
+    fn row(&self, row: usize, out: &mut [i8; STEPS_MAX]) -> f32;
 }
 
-/// 256 inputs.
-#[derive(Clone, Copy, Zeroable, Pod)]
-#[repr(C)]
-pub(crate) struct Activations256 {
-    pub(crate) scale: f32,
-    /// Of each 16 inputs.
-    pub(crate) sums: [PairSums; 16],
-    /// The sum of each 32 inputs, two side by side.
-    pub(crate) part_sums: [[i16; 2]; 4],
-    pub(crate) quants: [[i8; 4]; 64],
-}
+/// Blocks of 32 inputs.
+pub(crate) struct By32;
 
-impl ActivationBlock for Activations32 {
+/// Blocks of 256 inputs.
+pub(crate) struct By256;
+
+impl Activations for By32 {
     const STEPS: usize = 32;
-
-    fn scale(&self) -> f32 {
-        self.scale
-    }
-
-    fn quants(&self) -> &[[i8; 4]] {
-        &self.quants
-    }
-
-    #[inline(always)]
-    fn set(&mut self, scale: f32, rounded: &[f32]) {
-        self.scale = scale;
-        narrow(rounded, &mut self.quants);
-        self.sums = pair_sums(&self.quants);
-    }
+    type Tile<const R: usize> = Tile32<R>;
 }
 
-impl ActivationBlock for Activations256 {
+impl Activations for By256 {
     const STEPS: usize = 256;
+    type Tile<const R: usize> = Tile256<R>;
+}
 
-    fn scale(&self) -> f32 {
-        self.scale
-    }
+/// 32 inputs of each row.
+#[derive(Clone)]
+#[repr(C, align(16))]
+pub(crate) struct Tile32<const R: usize> {
+    pub(crate) quants: [[[i8; 4]; R]; 8],
+    /// The magnitude of each, and all its bits set where it is negative.
+    pub(crate) magnitudes: [[[u8; 4]; R]; 8],
+    pub(crate) signs: [[[u8; 4]; R]; 8],
+    pub(crate) scales: [f32; R],
+    pub(crate) sums: [PairSums; R],
+    /// The sum of the magnitudes of the negative ones.
+    pub(crate) negative: [i32; R],
+}
 
-    fn quants(&self) -> &[[i8; 4]] {
-        &self.quants
-    }
+/// 256 inputs of each row.
+#[derive(Clone)]
+#[repr(C, align(16))]
+pub(crate) struct Tile256<const R: usize> {
+    pub(crate) quants: [[[i8; 4]; R]; 64],
+    /// Of each 16 inputs.
+    pub(crate) sums: [[PairSums; R]; 16],
+    /// The sum of each 32 inputs, two side by side.
+    pub(crate) part_sums: [[[i16; 2]; R]; 4],
+    pub(crate) scales: [f32; R],
+}
+
+impl<const R: usize> Tile for Tile32<R> {
+    const ZERO: Self = Tile32 {
+        quants: [[[0; 4]; R]; 8],
+        magnitudes: [[[0; 4]; R]; 8],
+        signs: [[[0; 4]; R]; 8],
+        scales: [0.0; R],
+        sums: [[0; 2]; R],
+        negative: [0; R],
+    };
 
     #[inline(always)]
-    fn set(&mut self, scale: f32, rounded: &[f32]) {
-        self.scale = scale;
-        narrow(rounded, &mut self.quants);
-        for (sums, fours) in self.sums.iter_mut().zip(self.quants.as_chunks::<4>().0) {
-            *sums = pair_sums(fours);
+    fn set(&mut self, row: usize, scale: f32, rounded: &[f32]) {
+        self.scales[row] = scale;
+        self.sums[row] = [0; 2];
+        self.negative[row] = 0;
+        for (four, rounded) in rounded.as_chunks::<4>().0.iter().enumerate() {
+            let quants = narrow(rounded);
+            self.quants[four][row] = quants;
+            add_pairs(&mut self.sums[row], quants);
+            for (i, quant) in quants.into_iter().enumerate() {
+                let (magnitude, sign) = (quant.unsigned_abs(), (quant >> 7).cast_unsigned());
+                self.magnitudes[four][row][i] = magnitude;
+                self.signs[four][row][i] = sign;
+                self.negative[row] += i32::from(magnitude & sign);
+            }
         }
-        for (part, sums) in self.sums.as_chunks::<2>().0.iter().enumerate() {
-            self.part_sums[part / 2][part % 2] = sums.as_flattened().iter().sum();
+    }
+
+    fn row(&self, row: usize, out: &mut [i8; STEPS_MAX]) -> f32 {
+        for (out, fours) in out.as_chunks_mut::<4>().0.iter_mut().zip(&self.quants) {
+            *out = fours[row];
         }
+        self.scales[row]
     }
 }
 
+impl<const R: usize> Tile for Tile256<R> {
+    const ZERO: Self =
+        Tile256 { quants: [[[0; 4]; R]; 64], sums: [[[0; 2]; R]; 16], part_sums: [[[0; 2]; R]; 4], scales: [0.0; R] };
+
+    #[inline(always)]
+    fn set(&mut self, row: usize, scale: f32, rounded: &[f32]) {
+        self.scales[row] = scale;
+        for (part, rounded) in rounded.as_chunks::<16>().0.iter().enumerate() {
+            let mut sums = [0; 2];
+            for (four, rounded) in rounded.as_chunks::<4>().0.iter().enumerate() {
+                let quants = narrow(rounded);
+                self.quants[4 * part + four][row] = quants;
+                add_pairs(&mut sums, quants);
+            }
+            self.sums[part][row] = sums;
+            let part_sum = &mut self.part_sums[part / 4][row][part / 2 % 2];
+            *part_sum = sums[0] + sums[1] + if part % 2 == 0 { 0 } else { *part_sum };
+        }
+    }
+
+    fn row(&self, row: usize, out: &mut [i8; STEPS_MAX]) -> f32 {
+        for (out, fours) in out.as_chunks_mut::<4>().0.iter_mut().zip(&self.quants) {
+            *out = fours[row];
+        }
+        self.scales[row]
+    }
+}
+
+/// Whole numbers within ±127.
 #[inline(always)]
-fn narrow(rounded: &[f32], quants: &mut [[i8; 4]]) {
-    for (quant, rounded) in quants.as_flattened_mut().iter_mut().zip(rounded) {
-        // Whole numbers within ±127.
+fn narrow(rounded: &[f32; 4]) -> [i8; 4] {
+    let mut quants = [0; 4];
+    for (quant, rounded) in quants.iter_mut().zip(rounded) {
         *quant = *rounded as i32 as i8;
     }
+    quants
 }
 
 #[inline(always)]
-fn pair_sums(fours: &[[i8; 4]]) -> PairSums {
-    let mut sums = [0; 2];
-    for four in fours {
-        sums[0] += i16::from(four[0]) + i16::from(four[1]);
-        sums[1] += i16::from(four[2]) + i16::from(four[3]);
+fn add_pairs(sums: &mut PairSums, four: [i8; 4]) {
+    sums[0] += i16::from(four[0]) + i16::from(four[1]);
+    sums[1] += i16::from(four[2]) + i16::from(four[3]);
+}
+
+/// Rows of inputs, rounded: as many tiles of four rows as there are, then a pair, then one. The blocks of a tile follow
+/// each other.
+pub(crate) struct Rounded<A: Activations> {
+    /// Blocks of a row.
+    pub(crate) width: usize,
+    pub(crate) fours: Vec<A::Tile<4>>,
+    pub(crate) pair: Vec<A::Tile<2>>,
+    pub(crate) one: Vec<A::Tile<1>>,
+}
+
+impl<A: Activations> Rounded<A> {
+    /// Rounds rows of `width` blocks on the pool's threads.
+    pub(crate) fn new(pool: &Pool, x: &[f32], width: usize) -> Rounded<A> {
+        let row = width * A::STEPS;
+        let rows = x.len() / row;
+        let (fours, rest) = x.split_at(rows / 4 * 4 * row);
+        let (pair, one) = rest.split_at(rows % 4 / 2 * 2 * row);
+        Rounded {
+            width,
+            fours: round::<A, 4>(pool, fours, width),
+            pair: round::<A, 2>(pool, pair, width),
+            one: round::<A, 1>(pool, one, width),
+        }
     }
-    sums
+
+    pub(crate) fn rows(&self) -> usize {
+        (4 * self.fours.len() + 2 * self.pair.len() + self.one.len()) / self.width
+    }
 }
 
-/// Rounds rows of inputs, whose width is a multiple of the block's, on the pool's threads.
-pub(crate) fn quantise<A: ActivationBlock>(pool: &Pool, x: &[f32]) -> Vec<A> {
-    let mut blocks = vec![A::zeroed(); x.len() / A::STEPS];
-    let count = blocks.len();
-    let out = Disjoint::new(&mut blocks);
-    pool.split(count, 1, A::STEPS * INPUT_COST, &|range: Range<usize>| {
-        let x = &x[range.start * A::STEPS..range.end * A::STEPS];
-        // SAFETY: `split` gives out each block once, so no two parts overlap.
-        let blocks = unsafe { out.part(range) };
-        pool.path().run(Quantise { x, blocks });
+fn round<A: Activations, const R: usize>(pool: &Pool, x: &[f32], width: usize) -> Vec<A::Tile<R>> {
+    let count = x.len() / (A::STEPS * R);
+    let mut tiles = vec![A::Tile::<R>::ZERO; count];
+    let out = Disjoint::new(&mut tiles);
+    pool.split(count, 1, R * A::STEPS * INPUT_COST, &|range: Range<usize>| {
+        // SAFETY: `split` gives out each tile once, so no two parts overlap.
+        let tiles = unsafe { out.part(range.clone()) };
+        pool.path().run(Round::<A, R> { x, width, first: range.start, tiles });
     });
-    blocks
+    tiles
 }
 
-struct Quantise<'a, A> {
+/// Some consecutive blocks of rows that stand `R` to a tile.
+struct Round<'a, A: Activations, const R: usize> {
     x: &'a [f32],
-    blocks: &'a mut [A],
+    width: usize,
+    /// The first block.
+    first: usize,
+    tiles: &'a mut [A::Tile<R>],
 }
 
-impl<A: ActivationBlock> Kernel for Quantise<'_, A> {
+impl<A: Activations, const R: usize> Round<'_, A, R> {
+    /// The inputs of one row of a block.
+    #[inline(always)]
+    fn inputs(x: &[f32], width: usize, index: usize, row: usize) -> &[f32] {
+        let (tile, block) = (index / width, index % width);
+        &x[((tile * R + row) * width + block) * A::STEPS..][..A::STEPS]
+    }
+}
+
+impl<A: Activations, const R: usize> Kernel for Round<'_, A, R> {
     type Output = ();
 
     fn scalar(self) {
         let mut rounded = [0.0; STEPS_MAX];
-        for (x, block) in self.x.chunks_exact(A::STEPS).zip(self.blocks) {
-            let magnitudes: Vec<f32> = x.iter().map(|x| x.abs()).collect();
-            let scale = scale_for(x, max_scalar(&magnitudes));
-            for (rounded, x) in rounded.iter_mut().zip(x) {
-                *rounded = if is_scale(scale) { (x / scale).round_ties_even() } else { 0.0 };
+        for (index, tile) in (self.first..).zip(self.tiles) {
+            for row in 0..R {
+                let x = Self::inputs(self.x, self.width, index, row);
+                let magnitudes: Vec<f32> = x.iter().map(|x| x.abs()).collect();
+                let scale = scale_for(x, max_scalar(&magnitudes));
+                for (rounded, x) in rounded.iter_mut().zip(x) {
+                    *rounded = if is_scale(scale) { (x / scale).round_ties_even() } else { 0.0 };
+                }
+                tile.set(row, scale, &rounded[..A::STEPS]);
             }
-            block.set(scale, &rounded[..A::STEPS]);
         }
     }
 
     #[inline(always)]
     fn vector<S: Simd>(self, simd: S) {
         let mut rounded = [[0.0; LANES]; STEPS_MAX / LANES];
+        let rounded: &mut [Block] = &mut rounded[..A::STEPS / LANES];
         let rounder = simd.splat(ROUNDER);
         let magnitude = simd.splat_bits(!SIGN);
-        for (x, block) in self.x.chunks_exact(A::STEPS).zip(self.blocks) {
-            let rounded: &mut [Block] = &mut rounded[..A::STEPS / LANES];
-            let inputs = x.as_chunks::<LANES>().0;
-            for (input, out) in inputs.iter().zip(&mut *rounded) {
-                let positive = simd.and(simd.bits(simd.load(input)), magnitude);
-                simd.store(simd.float(positive), out);
-            }
-            let scale = scale_for(x, max_vector(simd, rounded.as_flattened()));
-            if is_scale(scale) {
-                let divisor = simd.splat(scale);
+        for (index, tile) in (self.first..).zip(self.tiles) {
+            for row in 0..R {
+                let x = Self::inputs(self.x, self.width, index, row);
+                let inputs = x.as_chunks::<LANES>().0;
                 for (input, out) in inputs.iter().zip(&mut *rounded) {
-                    // The sum rounds to a whole number, to nearest even, and the difference is exact.
-                    let shifted = simd.add(simd.div(simd.load(input), divisor), rounder);
-                    simd.store(simd.sub(shifted, rounder), out);
+                    let positive = simd.and(simd.bits(simd.load(input)), magnitude);
+                    simd.store(simd.float(positive), out);
                 }
-            } else {
-                rounded.fill([0.0; LANES]);
+                let scale = scale_for(x, max_vector(simd, rounded.as_flattened()));
+                if is_scale(scale) {
+                    let divisor = simd.splat(scale);
+                    for (input, out) in inputs.iter().zip(&mut *rounded) {
+                        // The sum rounds to a whole number, to nearest even, and the difference is exact.
+                        let shifted = simd.add(simd.div(simd.load(input), divisor), rounder);
+                        simd.store(simd.sub(shifted, rounder), out);
+                    }
+                } else {
+                    rounded.fill([0.0; LANES]);
+                }
+                tile.set(row, scale, rounded.as_flattened());
             }
-            block.set(scale, rounded.as_flattened());
         }
     }
 }
-
-/// The most inputs of a block.
-const STEPS_MAX: usize = 256;
 
 /// The scale of a block of inputs whose greatest magnitude is given.
 #[inline(always)]
@@ -208,8 +301,8 @@ mod tests {
     use super::*;
     use crate::path::Path;
 
-    fn one(path: Path, x: &[f32; 32]) -> Activations32 {
-        quantise::<Activations32>(&Pool::new(1, path), x)[0]
+    fn one(path: Path, x: &[f32; 32]) -> Tile32<1> {
+        Rounded::<By32>::new(&Pool::new(1, path), x, 1).one[0].clone()
     }
 
     #[test]
@@ -218,9 +311,10 @@ mod tests {
             let mut x = [0.0; 32];
             x[..8].copy_from_slice(&[127.0, 0.5, 1.5, 2.5, -0.5, -1.5, -2.5, -127.0]);
             let block = one(path, &x);
-            assert_eq!(block.scale, 1.0);
-            assert_eq!(block.quants[..2].as_flattened(), [127, 0, 2, 2, 0, -2, -2, -127]);
-            assert_eq!(block.sums, [127 - 2, 4 - 2 - 127]);
+            assert_eq!(block.scales[0], 1.0);
+            assert_eq!(block.quants[..2].as_flattened().as_flattened(), [127, 0, 2, 2, 0, -2, -2, -127]);
+            assert_eq!(block.negative[0], 2 + 2 + 127);
+            assert_eq!(block.sums[0], [127 - 2, 4 - 2 - 127]);
         }
     }
 
@@ -229,18 +323,18 @@ mod tests {
         for path in Path::available() {
             let smallest = f32::MIN_POSITIVE * 127.0;
             let block = one(path, &[smallest; 32]);
-            assert_eq!((block.scale, block.quants[7]), (f32::MIN_POSITIVE, [127; 4]));
+            assert_eq!((block.scales[0], block.quants[7]), (f32::MIN_POSITIVE, [[127; 4]]));
             let block = one(path, &[smallest.next_down().next_down(); 32]);
-            assert_eq!((block.scale.to_bits(), block.quants), (0, [[0; 4]; 8]));
-            assert_eq!(one(path, &[-0.0; 32]).scale.to_bits(), 0);
+            assert_eq!((block.scales[0].to_bits(), block.quants), (0, [[[0; 4]]; 8]));
+            assert_eq!(one(path, &[-0.0; 32]).scales[0].to_bits(), 0);
             let largest = one(path, &[-f32::MAX; 32]);
-            assert_eq!((largest.scale, largest.quants[0]), (f32::MAX / 127.0, [-127; 4]));
+            assert_eq!((largest.scales[0], largest.quants[0]), (f32::MAX / 127.0, [[-127; 4]]));
             for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
                 let mut x = [1.0; 32];
                 x[9] = bad;
                 let block = one(path, &x);
-                assert!(block.scale.is_nan());
-                assert_eq!(block.quants, [[0; 4]; 8]);
+                assert!(block.scales[0].is_nan());
+                assert_eq!(block.quants, [[[0; 4]]; 8]);
             }
         }
     }

@@ -6,7 +6,7 @@
 //! - Lane operations never mix lanes; folds are written out by the kernels in the order the profile fixes.
 //! - There is no min, max or estimate: instruction sets disagree on those. Compare and select instead.
 
-use crate::activation_blocks::PairSums;
+use crate::activation_blocks::{PairSums, Tile32};
 use crate::blocks::FOUR;
 
 #[cfg(target_arch = "x86_64")]
@@ -102,10 +102,17 @@ pub(crate) trait Simd: Copy {
     /// `low | (upper >> shift & mask) << 4` in each byte. `shift` is below 8.
     fn raise(self, low: Self::Bytes, upper: Self::Bytes, shift: usize, mask: u8) -> Self::Bytes;
 
-    /// The start of sums of products with bytes x, given the sums of those.
-    fn dot_start(self, sums: PairSums) -> Self::Bits;
-    /// Adds, exactly, four products of signed bytes in each lane. x is within ±127.
-    fn dot(self, acc: Self::Bits, weights: Self::Bytes, x: [i8; 4]) -> Self::Bits;
+    /// The start of the sums of products with the inputs of a row. They are exact once every [`Simd::dot`] is added.
+    fn dot_start<const R: usize>(self, x: &Tile32<R>, row: usize) -> Self::Bits;
+    /// Adds four products of signed bytes in each lane.
+    fn dot<const R: usize>(
+        self,
+        acc: Self::Bits,
+        weights: Self::Bytes,
+        x: &Tile32<R>,
+        row: usize,
+        four: usize,
+    ) -> Self::Bits;
 
     /// `offset` times all x, given their sums: what turns sums of products with w into those with w + `offset`.
     fn small(self, sums: PairSums, offset: i16) -> Self::Small;

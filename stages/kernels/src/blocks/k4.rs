@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Blocks, FOUR, add_upper, dot, is_finite, nibbles, set_nibbles, set_upper, stored_f16, widen};
-use crate::activation_blocks::{ActivationBlock, Activations256};
+use crate::activation_blocks::{By256, Tile256};
 use crate::simd::{LANES, Simd};
 
 /// Numbers that share one s and one m, and how many such parts a block has.
@@ -117,7 +117,7 @@ impl<U: Upper> Blocks for K<U>
 where
     K<U>: Pod + Send + Sync,
 {
-    type Activations = Activations256;
+    type Activations = By256;
     const FILE_BYTES: usize = U::FILE_BYTES;
 
     fn set(&mut self, lane: usize, file: &[u8]) {
@@ -166,21 +166,21 @@ where
         }
     }
 
-    fn advance_scalar(&self, lane: usize, x: &Activations256, acc: f32) -> f32 {
+    fn advance_scalar(&self, lane: usize, x: &[i8], x_scale: f32, acc: f32) -> f32 {
         let mut quants = [0; PART * PARTS];
         self.quants(lane, &mut quants);
         let (mut sum, mut below) = (0, 0);
-        for (part, x) in x.quants().as_flattened().chunks_exact(PART).enumerate() {
+        for (part, x) in x.chunks_exact(PART).enumerate() {
             let quants = &quants[part * PART..][..PART];
             sum += i32::from(self.part_scales[part][lane]) * dot(quants, x);
             below += i32::from(self.part_minimum(part, lane)) * dot(&[1; PART], x);
         }
-        let acc = (widen(self.scales[lane]) * x.scale()).mul_add(sum as f32, acc);
-        (-(widen(self.minima[lane]) * x.scale())).mul_add(below as f32, acc)
+        let acc = (widen(self.scales[lane]) * x_scale).mul_add(sum as f32, acc);
+        (-(widen(self.minima[lane]) * x_scale)).mul_add(below as f32, acc)
     }
 
     #[inline(always)]
-    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations256; R], mut acc: [S::F; R]) -> [S::F; R] {
+    fn advance<S: Simd, const R: usize>(&self, simd: S, x: &Tile256<R>, mut acc: [S::F; R]) -> [S::F; R] {
         let mut sums = [simd.splat_bits(0); R];
         for part in 0..PARTS {
             let scales = simd.factors(&self.part_scales[part]);
@@ -189,9 +189,9 @@ where
                 let low = simd.nibbles(simd.bytes(&self.quants[part][pair]));
                 let (even, odd) = self.upper.raise(simd, part, pair, low);
                 for r in 0..R {
-                    let fours = &x[r].quants[8 * part + 2 * pair..][..2];
-                    part_sums[r] = simd.dot_small(part_sums[r], even, fours[0]);
-                    part_sums[r] = simd.dot_small(part_sums[r], odd, fours[1]);
+                    let fours = &x.quants[8 * part + 2 * pair..][..2];
+                    part_sums[r] = simd.dot_small(part_sums[r], even, fours[0][r]);
+                    part_sums[r] = simd.dot_small(part_sums[r], odd, fours[1][r]);
                 }
                 if (pair + 1) % U::PAIRS == 0 {
                     for r in 0..R {
@@ -204,14 +204,14 @@ where
         let mut below = [simd.splat_bits(0); R];
         for (pair, minima) in self.part_minima.iter().enumerate() {
             for r in 0..R {
-                below[r] = simd.dot_pairs(below[r], minima, x[r].part_sums[pair]);
+                below[r] = simd.dot_pairs(below[r], minima, x.part_sums[pair][r]);
             }
         }
         let (scales, minima) = (simd.load_f16(&self.scales), simd.load_f16(&self.minima));
         for r in 0..R {
-            acc[r] = simd.fma(simd.mul(scales, simd.splat(x[r].scale)), simd.to_f32(sums[r]), acc[r]);
+            acc[r] = simd.fma(simd.mul(scales, simd.splat(x.scales[r])), simd.to_f32(sums[r]), acc[r]);
             // The sign of a product is exact, so the negation may stand on either side of it.
-            let minus = simd.mul(minima, simd.splat(-x[r].scale));
+            let minus = simd.mul(minima, simd.splat(-x.scales[r]));
             acc[r] = simd.fma(minus, simd.to_f32(below[r]), acc[r]);
         }
         acc

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Blocks, FOUR, add_upper, dot, is_finite, nibbles, set_nibbles, set_upper, stored_f16, widen};
-use crate::activation_blocks::{ActivationBlock, Activations256};
+use crate::activation_blocks::{By256, Tile256};
 use crate::simd::{LANES, Simd};
 
 /// Numbers that share one s, and how many such parts a block has.
@@ -29,7 +29,7 @@ pub(crate) struct Q6K {
 }
 
 impl Blocks for Q6K {
-    type Activations = Activations256;
+    type Activations = By256;
     const FILE_BYTES: usize = 210;
 
     fn set(&mut self, lane: usize, file: &[u8]) {
@@ -79,23 +79,23 @@ impl Blocks for Q6K {
         }
     }
 
-    fn advance_scalar(&self, lane: usize, x: &Activations256, acc: f32) -> f32 {
+    fn advance_scalar(&self, lane: usize, x: &[i8], x_scale: f32, acc: f32) -> f32 {
         let mut quants = [0; PART * PARTS];
         self.quants(lane, &mut quants);
         let mut sum = 0;
-        for (part, x) in x.quants().as_flattened().chunks_exact(PART).enumerate() {
+        for (part, x) in x.chunks_exact(PART).enumerate() {
             sum += i32::from(self.part_scales[part][lane]) * dot(&quants[PART * part..][..PART], x);
         }
-        (widen(self.scales[lane]) * x.scale()).mul_add(sum as f32, acc)
+        (widen(self.scales[lane]) * x_scale).mul_add(sum as f32, acc)
     }
 
     #[inline(always)]
-    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations256; R], mut acc: [S::F; R]) -> [S::F; R] {
+    fn advance<S: Simd, const R: usize>(&self, simd: S, x: &Tile256<R>, mut acc: [S::F; R]) -> [S::F; R] {
         let mut sums = [simd.splat_bits(0); R];
         for part in 0..PARTS {
             let mut part_sums = [simd.small([0; 2], 0); R];
             for r in 0..R {
-                part_sums[r] = simd.small(x[r].sums[part], -i16::from(OFFSET));
+                part_sums[r] = simd.small(x.sums[part][r], -i16::from(OFFSET));
             }
             let upper = simd.bytes(&self.upper[part]);
             for pair in 0..2 {
@@ -103,9 +103,9 @@ impl Blocks for Q6K {
                 let even = simd.raise(even, upper, 4 * pair, 3);
                 let odd = simd.raise(odd, upper, 4 * pair + 2, 3);
                 for r in 0..R {
-                    let fours = &x[r].quants[4 * part + 2 * pair..][..2];
-                    part_sums[r] = simd.dot_small(part_sums[r], even, fours[0]);
-                    part_sums[r] = simd.dot_small(part_sums[r], odd, fours[1]);
+                    let fours = &x.quants[4 * part + 2 * pair..][..2];
+                    part_sums[r] = simd.dot_small(part_sums[r], even, fours[0][r]);
+                    part_sums[r] = simd.dot_small(part_sums[r], odd, fours[1][r]);
                 }
             }
             let scales = simd.factors(&self.part_scales[part]);
@@ -115,7 +115,7 @@ impl Blocks for Q6K {
         }
         let scales = simd.load_f16(&self.scales);
         for r in 0..R {
-            let scale = simd.mul(scales, simd.splat(x[r].scale));
+            let scale = simd.mul(scales, simd.splat(x.scales[r]));
             acc[r] = simd.fma(scale, simd.to_f32(sums[r]), acc[r]);
         }
         acc

@@ -8,9 +8,12 @@
 //!   the high half. Further bits stand in vectors of their own.
 //! - Sums of products of bytes are exact in i32, in any order; only the steps of the chain are rounded.
 
+// A row is an index into several arrays, and closures have no place in vector code.
+#![allow(clippy::needless_range_loop)]
+
 use bytemuck::Pod;
 
-use crate::activation_blocks::ActivationBlock;
+use crate::activation_blocks::Activations;
 use crate::simd::{LANES, Simd};
 
 mod k4;
@@ -29,7 +32,7 @@ pub(crate) const FOUR: usize = 4 * LANES;
 /// One packed block: sixteen outputs by [`Blocks::STEPS`] inputs of a format.
 pub(crate) trait Blocks: Pod + Send + Sync {
     /// The inputs that meet it.
-    type Activations: ActivationBlock;
+    type Activations: Activations;
 
     /// Inputs.
     const STEPS: usize = Self::Activations::STEPS;
@@ -49,12 +52,15 @@ pub(crate) trait Blocks: Pod + Send + Sync {
     /// The numbers of output `lane`, with the roundings that the format fixes.
     fn dequantise(&self, lane: usize, out: &mut [f32]);
 
-    /// One step of the chain of output `lane`: the definition.
-    fn advance_scalar(&self, lane: usize, x: &Self::Activations, acc: f32) -> f32;
+    /// One step of the chain of output `lane`, with the numbers of a row and their scale: the definition.
+    fn advance_scalar(&self, lane: usize, x: &[i8], x_scale: f32, acc: f32) -> f32;
 
     /// One step of sixteen chains for each of `R` rows. Must be `#[inline(always)]`.
-    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Self::Activations; R], acc: [S::F; R]) -> [S::F; R];
+    fn advance<S: Simd, const R: usize>(&self, simd: S, x: &TileOf<Self, R>, acc: [S::F; R]) -> [S::F; R];
 }
+
+/// The inputs of `R` rows that meet a block.
+pub(crate) type TileOf<B, const R: usize> = <<B as Blocks>::Activations as Activations>::Tile<R>;
 
 /// The f16 at the start of `bytes`, as stored.
 fn stored_f16(bytes: &[u8]) -> u16 {

@@ -3,7 +3,7 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Blocks, FOUR, dot, is_finite, stored_f16, widen};
-use crate::activation_blocks::{ActivationBlock, Activations32};
+use crate::activation_blocks::{By32, Tile32};
 use crate::simd::{LANES, Simd};
 
 /// Bytes of the scale in a file.
@@ -17,7 +17,7 @@ pub(crate) struct Q8_0 {
 }
 
 impl Blocks for Q8_0 {
-    type Activations = Activations32;
+    type Activations = By32;
     const FILE_BYTES: usize = HEAD + 32;
 
     fn set(&mut self, lane: usize, file: &[u8]) {
@@ -49,28 +49,28 @@ impl Blocks for Q8_0 {
         }
     }
 
-    fn advance_scalar(&self, lane: usize, x: &Activations32, acc: f32) -> f32 {
+    fn advance_scalar(&self, lane: usize, x: &[i8], x_scale: f32, acc: f32) -> f32 {
         let mut quants = [0; 32];
         self.quants(lane, &mut quants);
-        let sum = dot(&quants, x.quants().as_flattened());
-        (widen(self.scales[lane]) * x.scale()).mul_add(sum as f32, acc)
+        let sum = dot(&quants, x);
+        (widen(self.scales[lane]) * x_scale).mul_add(sum as f32, acc)
     }
 
     #[inline(always)]
-    fn advance<S: Simd, const R: usize>(&self, simd: S, x: [&Activations32; R], mut acc: [S::F; R]) -> [S::F; R] {
+    fn advance<S: Simd, const R: usize>(&self, simd: S, x: &Tile32<R>, mut acc: [S::F; R]) -> [S::F; R] {
         let mut sums = [simd.splat_bits(0); R];
         for r in 0..R {
-            sums[r] = simd.dot_start(x[r].sums);
+            sums[r] = simd.dot_start(x, r);
         }
         for four in 0..8 {
             let weights = simd.bytes(&self.quants[four]);
             for r in 0..R {
-                sums[r] = simd.dot(sums[r], weights, x[r].quants[four]);
+                sums[r] = simd.dot(sums[r], weights, x, r, four);
             }
         }
         let scales = simd.load_f16(&self.scales);
         for r in 0..R {
-            let scale = simd.mul(scales, simd.splat(x[r].scale));
+            let scale = simd.mul(scales, simd.splat(x.scales[r]));
             acc[r] = simd.fma(scale, simd.to_f32(sums[r]), acc[r]);
         }
         acc

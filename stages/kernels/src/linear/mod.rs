@@ -4,7 +4,7 @@
 //! depends on the format: one number ([`numbers`]), or a block of quantised ones ([`quantised`]). Nothing else does, so
 //! the batch, the cut between threads and the instructions never reach a bit.
 
-use crate::activation_blocks::quantise;
+use crate::activation_blocks::Rounded;
 use crate::blocks::Blocks;
 use crate::element::{Bf16, F16, F32, Format, Step};
 use crate::matrix::{Matrix, Panels};
@@ -61,8 +61,8 @@ fn numbers<F: Format>(pool: &Pool, steps: &[Step<F::Stored>], shape: &Shape<'_>,
 
 fn quantised<B: Blocks>(pool: &Pool, blocks: &[B], shape: &Shape<'_>, x: &[f32], y: &mut [f32]) {
     for (x, y) in x.chunks(BLOCK_ROWS * shape.inputs).zip(y.chunks_mut(BLOCK_ROWS * shape.outputs)) {
-        let x = quantise::<B::Activations>(pool, x);
-        quantised::apply::<B>(pool, blocks, shape.inputs / B::STEPS, &x, &shape.outputs(y));
+        let x = Rounded::new(pool, x, shape.inputs / B::STEPS);
+        quantised::apply::<B>(pool, blocks, &x, &shape.outputs(y));
     }
 }
 

@@ -3,10 +3,11 @@
 //! Every method but `detect` and `run` is `#[inline(always)]`: it takes effect inside `run`, where the instructions are
 //! enabled.
 
+use std::arch::asm;
 use std::arch::x86_64::*;
 
 use super::{Block, Kernel, LANES, Simd};
-use crate::activation_blocks::PairSums;
+use crate::activation_blocks::{PairSums, Tile32};
 use crate::blocks::FOUR;
 
 /// Proof that this processor has AVX2, FMA and F16C.
@@ -232,23 +233,38 @@ impl Simd for Avx2 {
         (one(low.0, upper.0), one(low.1, upper.1))
     }
 
+    /// What [`Avx2::dot`] leaves out.
     #[inline(always)]
-    fn dot_start(self, _sums: PairSums) -> Self::Bits {
-        self.splat_bits(0)
+    fn dot_start<const R: usize>(self, x: &Tile32<R>, row: usize) -> Self::Bits {
+        self.splat_bits(x.negative[row].cast_unsigned())
     }
 
-    /// Unsigned times signed, as the instruction has it, with the sign moved from the weight to x. A pair of products is
-    /// at most 2 · 128 · 127, which does not saturate.
+    /// Unsigned times signed, as the instruction has it, with the sign moved from x to the weight. For a negative x,
+    /// `w · x = -w · |x| = (!w + 1) · |x|`: here it is `!w · |x|`, and the start is the sum of the rest. A pair of
+    /// products is at most 2 · 127 · 128, which does not saturate.
     #[inline(always)]
-    fn dot(self, acc: Self::Bits, weights: Self::Bytes, x: [i8; 4]) -> Self::Bits {
-        let x = splat_four(self, x);
-        let one = |acc, weights| {
-            with_avx2!({
-                let pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(weights), _mm256_sign_epi8(x, weights));
-                _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)))
-            })
-        };
-        (one(acc.0, weights.0), one(acc.1, weights.1))
+    fn dot<const R: usize>(
+        self,
+        acc: Self::Bits,
+        weights: Self::Bytes,
+        x: &Tile32<R>,
+        row: usize,
+        four: usize,
+    ) -> Self::Bits {
+        let magnitudes = splat_four(self, x.magnitudes[four][row]);
+        let signs = splat_four(self, x.signs[four][row]);
+        let sums = with_avx2!({
+            let one = _mm256_set1_epi16(1);
+            let pairs = (
+                _mm256_maddubs_epi16(magnitudes, _mm256_xor_si256(weights.0, signs)),
+                _mm256_maddubs_epi16(magnitudes, _mm256_xor_si256(weights.1, signs)),
+            );
+            (
+                _mm256_add_epi32(acc.0, _mm256_madd_epi16(pairs.0, one)),
+                _mm256_add_epi32(acc.1, _mm256_madd_epi16(pairs.1, one)),
+            )
+        });
+        in_order(self, sums)
     }
 
     #[inline(always)]
@@ -261,11 +277,12 @@ impl Simd for Avx2 {
     /// A pair of products is at most 2 · 63 · 127. Sums wrap, so that only the last needs to fit.
     #[inline(always)]
     fn dot_small(self, acc: Self::Small, weights: Self::Bytes, x: [i8; 4]) -> Self::Small {
-        let x = splat_four(self, x);
-        with_avx2!((
+        let x = splat_four(self, x.map(i8::cast_unsigned));
+        let sums = with_avx2!((
             _mm256_add_epi16(acc.0, _mm256_maddubs_epi16(weights.0, x)),
             _mm256_add_epi16(acc.1, _mm256_maddubs_epi16(weights.1, x)),
-        ))
+        ));
+        in_order(self, sums)
     }
 
     #[inline(always)]
@@ -305,11 +322,26 @@ impl Simd for Avx2 {
     }
 }
 
+/// The same value. The compiler keeps these calls in the order in which they are written. Without them it reorders the
+/// additions of integers, row by row, so that neither weights nor sums stay in registers.
+#[inline(always)]
+fn in_order(_proof: Avx2, sums: Pair<__m256i>) -> Pair<__m256i> {
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn fence(mut low: __m256i, mut high: __m256i) -> Pair<__m256i> {
+        // SAFETY: there is no instruction, only a comment.
+        unsafe {
+            asm!("/* {} {} */", inout(ymm_reg) low, inout(ymm_reg) high, options(nomem, nostack, preserves_flags));
+        }
+        (low, high)
+    }
+    with_avx2!(fence(sums.0, sums.1))
+}
+
 /// The same four bytes for every output.
 #[inline(always)]
-fn splat_four(_proof: Avx2, four: [i8; 4]) -> __m256i {
-    let four = i32::from_le_bytes(four.map(i8::cast_unsigned));
-    with_avx2!(_mm256_set1_epi32(four))
+fn splat_four(_proof: Avx2, four: [u8; 4]) -> __m256i {
+    with_avx2!(_mm256_set1_epi32(i32::from_le_bytes(four)))
 }
 
 /// Sixteen 16-bit patterns as two registers of eight.

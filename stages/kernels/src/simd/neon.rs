@@ -7,7 +7,7 @@ use std::arch::aarch64::*;
 use std::array::from_fn;
 
 use super::{Block, Kernel, LANES, Simd};
-use crate::activation_blocks::PairSums;
+use crate::activation_blocks::{PairSums, Tile32};
 use crate::blocks::FOUR;
 
 /// Proof that this processor has NEON.
@@ -202,23 +202,20 @@ impl Simd for Neon {
     }
 
     #[inline(always)]
-    fn dot_start(self, _sums: PairSums) -> Self::Bits {
+    fn dot_start<const R: usize>(self, _x: &Tile32<R>, _row: usize) -> Self::Bits {
         self.splat_bits(0)
     }
 
-    /// A pair of products is at most 2 · 128 · 127, which 16 bits hold.
     #[inline(always)]
-    fn dot(self, acc: Self::Bits, weights: Self::Bytes, x: [i8; 4]) -> Self::Bits {
-        let x = i32::from_le_bytes(x.map(i8::cast_unsigned));
-        from_fn(|i| {
-            with_neon!({
-                let x = vreinterpret_s8_s32(vdup_n_s32(x));
-                let weights = vreinterpretq_s8_u8(weights[i]);
-                let low = vmull_s8(vget_low_s8(weights), x);
-                let high = vmull_s8(vget_high_s8(weights), x);
-                vpadalq_s16(acc[i], vpaddq_s16(low, high))
-            })
-        })
+    fn dot<const R: usize>(
+        self,
+        acc: Self::Bits,
+        weights: Self::Bytes,
+        x: &Tile32<R>,
+        row: usize,
+        four: usize,
+    ) -> Self::Bits {
+        dot_four(self, acc, weights, x.quants[four][row])
     }
 
     #[inline(always)]
@@ -229,7 +226,7 @@ impl Simd for Neon {
 
     #[inline(always)]
     fn dot_small(self, acc: Self::Small, weights: Self::Bytes, x: [i8; 4]) -> Self::Small {
-        self.dot(acc, weights, x)
+        dot_four(self, acc, weights, x)
     }
 
     #[inline(always)]
@@ -273,6 +270,21 @@ impl Simd for Neon {
             })
         })
     }
+}
+
+/// A pair of products is at most 2 · 128 · 127, which 16 bits hold.
+#[inline(always)]
+fn dot_four(_proof: Neon, acc: Four<int32x4_t>, weights: Four<uint8x16_t>, x: [i8; 4]) -> Four<int32x4_t> {
+    let x = i32::from_le_bytes(x.map(i8::cast_unsigned));
+    from_fn(|i| {
+        with_neon!({
+            let x = vreinterpret_s8_s32(vdup_n_s32(x));
+            let weights = vreinterpretq_s8_u8(weights[i]);
+            let low = vmull_s8(vget_low_s8(weights), x);
+            let high = vmull_s8(vget_high_s8(weights), x);
+            vpadalq_s16(acc[i], vpaddq_s16(low, high))
+        })
+    })
 }
 
 #[inline(always)]
