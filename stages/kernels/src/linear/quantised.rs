@@ -19,6 +19,11 @@ const STRETCH_STEPS: usize = 256;
 /// Rows of a tile: with two registers a row, as many for weights, and a few for what is between, four fill AVX2.
 const TILE_ROWS: usize = 4;
 
+/// Panels that few rows pass together, where blocks are small. Such a pass is bound by memory, which gives more to
+/// several streams than to one: half as much again to four. Blocks of 256 are streams of their own length.
+const STREAMS: usize = 4;
+const STREAM_STEPS_MAX: usize = 32;
+
 /// At most [`BLOCK_ROWS`] rows, with the panels shared among the pool's threads.
 pub(super) fn apply<B: Blocks>(pool: &Pool, blocks: &[B], x: &Rounded<B::Activations>, out: &Outputs<'_>) {
     let work = |panels: Range<usize>| {
@@ -26,7 +31,7 @@ pub(super) fn apply<B: Blocks>(pool: &Pool, blocks: &[B], x: &Rounded<B::Activat
     };
     // Products of bytes cost a third of those of numbers.
     let cost = x.rows() * x.width * B::STEPS * LANES / 3;
-    pool.split(blocks.len() / x.width, 1, cost, &work);
+    pool.split(blocks.len() / x.width, STREAMS, cost, &work);
 }
 
 /// Some panels of a matrix, applied to some rows. Whoever holds it owns the outputs of those panels.
@@ -37,83 +42,113 @@ struct Chunk<'a, B: Blocks> {
     panels: Range<usize>,
 }
 
-/// Chains that are not finished, in whole cache lines.
-#[repr(align(64))]
-struct Sums([Block; BLOCK_ROWS]);
+/// How tiles are computed.
+trait Run: Copy {
+    fn run<K: Kernel<Output = ()>>(self, kernel: K);
+}
+
+#[derive(Clone, Copy)]
+struct Scalar;
+
+#[derive(Clone, Copy)]
+struct Vector<S>(S);
+
+impl Run for Scalar {
+    fn run<K: Kernel<Output = ()>>(self, kernel: K) {
+        kernel.scalar();
+    }
+}
+
+impl<S: Simd> Run for Vector<S> {
+    #[inline(always)]
+    fn run<K: Kernel<Output = ()>>(self, kernel: K) {
+        self.0.call(kernel);
+    }
+}
 
 impl<B: Blocks> Kernel for Chunk<'_, B> {
     type Output = ();
 
     fn scalar(self) {
         for panel in self.panels.clone() {
-            self.panel(panel, self.x.width, |tile| tile.scalar(), |tile| tile.scalar(), |tile| tile.scalar());
+            self.panels::<1>(Scalar, panel, self.x.width);
         }
     }
 
     #[inline(always)]
     fn vector<S: Simd>(self, simd: S) {
-        // One row, or one tile of rows, passes a whole panel at once.
+        let mut panel = self.panels.start;
+        if self.x.rows() <= TILE_ROWS && B::STEPS <= STREAM_STEPS_MAX {
+            while panel + STREAMS <= self.panels.end {
+                self.panels::<STREAMS>(Vector(simd), panel, self.x.width);
+                panel += STREAMS;
+            }
+        }
         let stretch = if self.x.rows() <= TILE_ROWS { self.x.width } else { (STRETCH_STEPS / B::STEPS).max(1) };
-        for panel in self.panels.clone() {
-            self.panel(panel, stretch, |tile| simd.call(tile), |tile| simd.call(tile), |tile| simd.call(tile));
+        while panel < self.panels.end {
+            self.panels::<1>(Vector(simd), panel, stretch);
+            panel += 1;
         }
     }
 }
 
 impl<B: Blocks> Chunk<'_, B> {
-    /// All rows through one panel, `stretch` blocks at a time.
+    /// All rows through `P` panels, `stretch` blocks at a time.
     #[inline(always)]
-    fn panel(
-        &self,
-        panel: usize,
-        stretch: usize,
-        four: impl Fn(Tile<'_, B, 4>),
-        pair: impl Fn(Tile<'_, B, 2>),
-        one: impl Fn(Tile<'_, B, 1>),
-    ) {
-        let width = self.x.width;
-        let weights = &self.blocks[panel * width..][..width];
-        let mut sums = Sums([[0.0; LANES]; BLOCK_ROWS]);
-        let sums = &mut sums.0[..self.x.rows()];
+    fn panels<const P: usize>(&self, run: impl Run, first: usize, stretch: usize) {
+        let (width, rows) = (self.x.width, self.x.rows());
+        let mut weights: [&[B]; P] = [&[]; P];
+        for (weights, panel) in weights.iter_mut().zip(first..) {
+            *weights = &self.blocks[panel * width..][..width];
+        }
+        let mut sums = [[[0.0; LANES]; P]; BLOCK_ROWS];
+        let sums = &mut sums[..rows];
         for start in (0..width).step_by(stretch) {
             let stretch = start..width.min(start + stretch);
-            let blocks = &weights[stretch.clone()];
+            let mut blocks = weights;
+            for blocks in &mut blocks {
+                *blocks = &blocks[stretch.clone()];
+            }
             let (fours, rest) = sums.as_chunks_mut::<4>();
             for (x, sums) in self.x.fours.chunks_exact(width).zip(fours) {
-                four(Tile { blocks, x: &x[stretch.clone()], sums });
+                run.run(Tile { blocks, x: &x[stretch.clone()], sums });
             }
             let (pairs, rest) = rest.as_chunks_mut::<2>();
             for (x, sums) in self.x.pair.chunks_exact(width).zip(pairs) {
-                pair(Tile { blocks, x: &x[stretch.clone()], sums });
+                run.run(Tile { blocks, x: &x[stretch.clone()], sums });
             }
             for (x, sums) in self.x.one.chunks_exact(width).zip(rest.as_chunks_mut::<1>().0) {
-                one(Tile { blocks, x: &x[stretch.clone()], sums });
+                run.run(Tile { blocks, x: &x[stretch.clone()], sums });
             }
         }
         for (row, sums) in sums.iter().enumerate() {
-            // SAFETY: the panel's outputs belong to this chunk alone.
-            unsafe { self.out.write(row, panel, sums) }
+            for (panel, sums) in (first..).zip(sums) {
+                // SAFETY: the panel's outputs belong to this chunk alone.
+                unsafe { self.out.write(row, panel, sums) }
+            }
         }
     }
 }
 
-/// Some blocks of a panel and the inputs of `R` rows that meet them.
-struct Tile<'a, B: Blocks, const R: usize> {
-    blocks: &'a [B],
+/// Some blocks of `P` panels and the inputs of `R` rows that meet them.
+struct Tile<'a, B: Blocks, const R: usize, const P: usize> {
+    blocks: [&'a [B]; P],
     x: &'a [TileOf<B, R>],
-    sums: &'a mut [Block; R],
+    sums: &'a mut [[Block; P]; R],
 }
 
-impl<B: Blocks, const R: usize> Kernel for Tile<'_, B, R> {
+impl<B: Blocks, const R: usize, const P: usize> Kernel for Tile<'_, B, R, P> {
     type Output = ();
 
     fn scalar(self) {
         let mut quants = [0; STEPS_MAX];
-        for (block, x) in self.blocks.iter().zip(self.x) {
+        for (index, x) in self.x.iter().enumerate() {
             for (row, sums) in self.sums.iter_mut().enumerate() {
                 let scale = x.row(row, &mut quants);
-                for (lane, sum) in sums.iter_mut().enumerate() {
-                    *sum = block.advance_scalar(lane, &quants[..B::STEPS], scale, *sum);
+                for (blocks, sums) in self.blocks.iter().zip(sums) {
+                    for (lane, sum) in sums.iter_mut().enumerate() {
+                        *sum = blocks[index].advance_scalar(lane, &quants[..B::STEPS], scale, *sum);
+                    }
                 }
             }
         }
@@ -121,15 +156,21 @@ impl<B: Blocks, const R: usize> Kernel for Tile<'_, B, R> {
 
     #[inline(always)]
     fn vector<S: Simd>(self, simd: S) {
-        let mut acc = [simd.splat(0.0); R];
-        for (acc, sum) in acc.iter_mut().zip(&*self.sums) {
-            *acc = simd.load(sum);
+        let mut acc = [[simd.splat(0.0); R]; P];
+        for (p, acc) in acc.iter_mut().enumerate() {
+            for (acc, sums) in acc.iter_mut().zip(&*self.sums) {
+                *acc = simd.load(&sums[p]);
+            }
         }
-        for (block, x) in self.blocks.iter().zip(self.x) {
-            acc = block.advance(simd, x, acc);
+        for (index, x) in self.x.iter().enumerate() {
+            for (acc, blocks) in acc.iter_mut().zip(self.blocks) {
+                *acc = blocks[index].advance(simd, x, *acc);
+            }
         }
-        for (sum, acc) in self.sums.iter_mut().zip(acc) {
-            simd.store(acc, sum);
+        for (p, acc) in acc.iter().enumerate() {
+            for (acc, sums) in acc.iter().zip(&mut *self.sums) {
+                simd.store(*acc, &mut sums[p]);
+            }
         }
     }
 }
