@@ -153,7 +153,8 @@ pub enum Outcome {
         gateway: NodeId,
         /// The attempt.
         attempt: u32,
-        /// Index of the first of `tokens` among the generated ones.
+        /// Index of the first of `tokens` among the generated ones, or among those of the prompt and them, if the request
+        /// wants the prompt's log-probabilities.
         index: u32,
         /// The tokens.
         tokens: Vec<Sampled>,
@@ -190,7 +191,8 @@ pub enum Decided {
     Progress {
         /// The request.
         rd: RequestId,
-        /// Index of the first of `tokens` among the generated ones.
+        /// Index of the first of `tokens` among the generated ones, or among those of the prompt and them, if the request
+        /// wants the prompt's log-probabilities.
         index: u32,
         /// The tokens.
         tokens: Vec<Sampled>,

@@ -517,3 +517,26 @@ fn a_chat_is_compared_with_what_was_certified() {
     let (code, text) = judge(&sent, &other);
     assert!(code == Some(5) && text.contains("response: message"), "{text}");
 }
+
+/// A completion that was asked for with its prompt before it.
+#[test]
+fn an_echoed_prompt_is_told_from_the_answer() {
+    let mut parts = request(Mode::Full).parts().clone();
+    let Input::Text { prompt, .. } = &parts.input else { panic!("{:?}", parts.input) };
+    let prompt = prompt.clone();
+    (parts.params.logprobs, parts.params.prompt_logprobs) = (Some(2), true);
+    let case = Case::of(Request::new(parts).unwrap(), answer());
+    case.write("bundle.json", &case.bundle);
+    let Answer::Text { text, .. } = answer() else { panic!("a text") };
+    let text = String::from_utf8(text).unwrap();
+    let judge = |echo: bool, text: &str| {
+        case.write("sent.json", &json!({ "prompt": prompt, "echo": echo, "logprobs": 2 }));
+        case.write("received.json", &json!({ "choices": [{ "index": 0, "text": text, "finish_reason": "length" }] }));
+        let files = ["bundle.json", "--epoch", "epoch.json", "--request", "sent.json", "--response", "received.json"];
+        case.verify(&files).status.code()
+    };
+    assert_eq!(judge(true, &format!("{prompt}{text}")), Some(0));
+    assert_eq!(judge(true, &format!("{prompt}{text}x")), Some(5));
+    assert_eq!(judge(true, &format!("x{prompt}{text}")), Some(5));
+    assert_eq!(judge(false, &text), Some(5), "another request");
+}

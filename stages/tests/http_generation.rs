@@ -105,6 +105,79 @@ async fn log_probabilities_are_those_of_the_reference_and_the_same_in_a_stream()
     gateway.cluster.shutdown().await.unwrap();
 }
 
+/// What harnesses measure models with: the prompt's own tokens, each with how likely it was after those before it.
+async fn prompts_are_scored(slices: usize) {
+    let settings = vec![("transfer", "backend_type = \"local\"".to_owned())];
+    let adversaries = BTreeMap::from([(2, "wrong-vote")]);
+    let folder = tempfile::tempdir().unwrap();
+    let loopback = Loopback { settings, adversaries, slices, ..Loopback::default() };
+    let cluster = loopback.start(folder.path()).await.unwrap();
+    cluster.meshed().await;
+    let gateway = Gateway { address: cluster.http_address().unwrap(), cluster, _folder: folder };
+    let reference: Value = serde_json::from_str(include_str!("data/tiny-rust-reference.json")).unwrap();
+    for case in reference["cases"].as_array().unwrap() {
+        let prompt = case["prompt_ids"].as_array().unwrap();
+        let sampled = json!({
+            "prompt": prompt, "max_tokens": 6, "temperature": 0, "logprobs": 3, "return_token_ids": true,
+        });
+        let generated = gateway.ask("/v1/completions", &sampled).await["choices"][0].clone();
+        let all: Vec<&Value> = prompt.iter().chain(generated["token_ids"].as_array().unwrap()).collect();
+        let body = json!({
+            "prompt": all, "max_tokens": 0, "echo": true, "temperature": 0, "logprobs": 3, "return_token_ids": true,
+        });
+        let scored = gateway.ask("/v1/completions", &body).await;
+        let choice = &scored["choices"][0];
+        let listed = &choice["logprobs"];
+        let found = listed["token_logprobs"].as_array().unwrap();
+        assert_eq!((found.len(), &found[0], &listed["top_logprobs"][0]), (all.len(), &Value::Null, &Value::Null));
+        assert!(found[1..].iter().all(|one| one.as_f64().unwrap() <= 0.0));
+        // Whether a token is generated or given, after the same tokens it has the same bits.
+        for field in ["tokens", "token_logprobs", "top_logprobs"] {
+            let tail = &listed[field].as_array().unwrap()[prompt.len()..];
+            assert_eq!(json!(tail), generated["logprobs"][field], "{field}");
+        }
+        let logits = floats(&case["last_logits"]);
+        let next = generated["token_ids"][0].as_u64().unwrap() as usize;
+        let expected = logits[next] - logits.iter().map(|logit| logit.exp()).sum::<f64>().ln();
+        assert!((found[prompt.len()].as_f64().unwrap() - expected).abs() < 5e-3);
+        assert_eq!((&choice["finish_reason"], &choice["token_ids"]), (&json!("length"), &json!([])));
+        let usage = &scored["usage"];
+        assert_eq!((&usage["prompt_tokens"], &usage["completion_tokens"]), (&json!(all.len()), &json!(0)));
+        assert_eq!(scored["butterfly"]["verification"]["status"], "certified");
+    }
+    let body = json!({ "prompt": "Ownership is a set of rules", "max_tokens": 4, "echo": true, "temperature": 0, "logprobs": 2 });
+    let whole = gateway.ask("/v1/completions", &body).await["choices"][0].clone();
+    assert!(whole["text"].as_str().unwrap().starts_with("Ownership is a set of rules"), "{whole}");
+    let offsets = whole["logprobs"]["text_offset"].as_array().unwrap();
+    let lengths = whole["logprobs"]["tokens"].as_array().unwrap().iter().map(|token| token.as_str().unwrap().len());
+    let expected: Vec<usize> = lengths.scan(0, |at, length| Some(std::mem::replace(at, *at + length))).collect();
+    assert_eq!(json!(offsets), json!(expected), "each token begins where it stands in the text");
+    let events = gateway.stream("/v1/completions", &body).await;
+    let text: String = events.iter().filter_map(|event| event["choices"][0]["text"].as_str()).collect();
+    assert_eq!(text, whole["text"]);
+    for field in ["tokens", "token_logprobs", "top_logprobs", "text_offset"] {
+        let pieces = events.iter().filter_map(|event| event["choices"][0]["logprobs"][field].as_array());
+        assert_eq!(json!(pieces.flatten().collect::<Vec<_>>()), whole["logprobs"][field], "{field}");
+    }
+    for unscored in [json!({ "echo": true }), json!({ "logprobs": 1 })] {
+        let mut body = unscored;
+        (body["prompt"], body["max_tokens"]) = (json!("x"), json!(0));
+        let (status, refused) = call(gateway.address, "POST", "/v1/completions", Some(body)).await.unwrap();
+        assert_eq!((status, &refused["error"]["param"]), (400, &json!("max_tokens")));
+    }
+    gateway.cluster.shutdown().await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prompts_are_scored_on_one_slice() {
+    prompts_are_scored(1).await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn prompts_are_scored_on_two_slices() {
+    prompts_are_scored(2).await;
+}
+
 fn user(content: &str) -> Value {
     json!([{ "role": "user", "content": content }])
 }
@@ -293,13 +366,9 @@ async fn what_a_chat_cannot_keep_is_refused_by_name() {
             "{error}"
         );
     }
-    for (body, param) in [
-        (json!({ "prompt": "x", "echo": true, "logprobs": 1 }), "logprobs"),
-        (json!({ "prompt": vec!["x"; 20], "n": 20 }), "n"),
-    ] {
-        let (status, response) = call(gateway.address, "POST", "/v1/completions", Some(body)).await.unwrap();
-        assert_eq!((status, &response["error"]["param"]), (400, &json!(param)), "{response}");
-    }
+    let body = json!({ "prompt": vec!["x"; 20], "n": 20 });
+    let (status, response) = call(gateway.address, "POST", "/v1/completions", Some(body)).await.unwrap();
+    assert_eq!((status, &response["error"]["param"]), (400, &json!("n")), "{response}");
     assert_eq!(gateway.cluster.nodes[0].services().board.living(), 0);
     gateway.cluster.shutdown().await.unwrap();
 }

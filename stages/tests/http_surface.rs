@@ -207,9 +207,13 @@ async fn a_retry_gets_the_answer_that_is_there_and_a_key_stands_for_one_request(
     let elsewhere = gateway.ask("POST", "/inference", &key, body).await;
     assert_eq!((elsewhere.status, elsewhere.code().as_str()), (422, "idempotency_key_reused"));
     let mut likely = completion(8);
-    likely["logprobs"] = json!(1);
-    let refused = gateway.ask("POST", "/v1/completions", &[("idempotency-key", "retry-4")], likely.to_string()).await;
-    assert_eq!((refused.status, refused.code().as_str()), (400, "unsupported_parameter"), "they are not kept");
+    (likely["logprobs"], likely["echo"]) = (json!(1), json!(true));
+    let key = [("idempotency-key", "retry-4")];
+    let first = gateway.ask("POST", "/v1/completions", &key, likely.to_string()).await;
+    let again = gateway.ask("POST", "/v1/completions", &key, likely.to_string()).await;
+    assert_eq!((again.status, again.header("idempotent-replayed")), (200, "true"));
+    assert!(first.json()["choices"][0]["logprobs"]["tokens"].as_array().unwrap().len() > 8, "{}", first.json());
+    assert_eq!(again.body, first.body, "log-probabilities are kept with the answer");
     let mut streamed = completion(8);
     streamed["stream"] = json!(true);
     let key = [("idempotency-key", "retry-3")];

@@ -150,8 +150,12 @@ impl CommitStage {
         let Some((task_id, request)) = self.services.board.task(&rd) else { return };
         match serde_json::to_vec(&receipt) {
             Ok(bytes) => {
-                let outcome = Outcome::Certified { receipt: bytes, answer: answer.encode() };
-                batch.end(rd, outcome, Ok(Arc::new(Completed { task_id, request, answer, receipt, cached: false })));
+                let tokens = self.services.board.sampled(&rd);
+                let mut sampled = Vec::new();
+                tokens.iter().for_each(|token| token.write(&mut sampled));
+                let outcome = Outcome::Certified { receipt: bytes, answer: answer.encode(), sampled };
+                let completed = Completed { task_id, request, answer, receipt, sampled: tokens, cached: false };
+                batch.end(rd, outcome, Ok(Arc::new(completed)));
             }
             Err(error) => {
                 let error = TaskError::Internal(format!("the receipt could not be written as JSON: {error}"));

@@ -1,7 +1,8 @@
 //! What the log keeps of a request, and its bytes.
 //!
 //! Layout, little-endian. Accepted: rd (32), kind (1), priority (1), accepted_ms (8), client (length 2, bytes), task id (length 2,
-//! bytes), request (the rest). Outcome: 0, receipt (length 4, bytes), answer (the rest); or 1, error (the rest).
+//! bytes), request (the rest). Outcome: 0, receipt (length 4, bytes), answer (the rest); 1, error (the rest); or 2, receipt,
+//! answer (each length 4, bytes), tokens with their log-probabilities (the rest).
 //!
 //! It refuses to know what receipt, answer and error say.
 
@@ -99,6 +100,8 @@ pub enum Outcome {
         receipt: Vec<u8>,
         /// Canonical bytes of the answer.
         answer: Vec<u8>,
+        /// Tokens with their log-probabilities; empty unless the request asks for these.
+        sampled: Vec<u8>,
     },
     /// Without.
     Failed {
@@ -110,7 +113,7 @@ pub enum Outcome {
 impl Outcome {
     pub(super) fn size_bytes(&self) -> usize {
         match self {
-            Self::Certified { receipt, answer } => receipt.len() + answer.len(),
+            Self::Certified { receipt, answer, sampled } => receipt.len() + answer.len() + sampled.len(),
             Self::Failed { error } => error.len(),
         }
     }
@@ -181,12 +184,15 @@ pub(super) fn read_accepted(bytes: &[u8]) -> Result<Accepted, Malformed> {
 pub(super) fn write_outcome(outcome: &Outcome) -> Vec<u8> {
     let mut bytes = Vec::with_capacity(5 + outcome.size_bytes());
     match outcome {
-        Outcome::Certified { receipt, answer } => {
-            bytes.push(0);
-            let length = u32::try_from(receipt.len()).unwrap_or(u32::MAX);
-            bytes.extend_from_slice(&length.to_le_bytes());
-            bytes.extend_from_slice(receipt);
-            bytes.extend_from_slice(answer);
+        Outcome::Certified { receipt, answer, sampled } => {
+            bytes.push(if sampled.is_empty() { 0 } else { 2 });
+            write_part(&mut bytes, receipt);
+            if sampled.is_empty() {
+                bytes.extend_from_slice(answer);
+            } else {
+                write_part(&mut bytes, answer);
+                bytes.extend_from_slice(sampled);
+            }
         }
         Outcome::Failed { error } => {
             bytes.push(1);
@@ -200,14 +206,29 @@ pub(super) fn read_outcome(bytes: &[u8]) -> Result<Outcome, Malformed> {
     let mut rest = bytes;
     match array::<1>(&mut rest, "outcome")? {
         [0] => {
-            let length = u32::from_le_bytes(array(&mut rest, "receipt")?);
-            let length = usize::try_from(length).map_err(|_| Malformed("receipt"))?;
-            let (receipt, answer) = rest.split_at_checked(length).ok_or(Malformed("receipt"))?;
-            Ok(Outcome::Certified { receipt: receipt.to_vec(), answer: answer.to_vec() })
+            let receipt = read_part(&mut rest, "receipt")?;
+            Ok(Outcome::Certified { receipt, answer: rest.to_vec(), sampled: Vec::new() })
         }
         [1] => Ok(Outcome::Failed { error: rest.to_vec() }),
+        [2] => {
+            let (receipt, answer) = (read_part(&mut rest, "receipt")?, read_part(&mut rest, "answer")?);
+            Ok(Outcome::Certified { receipt, answer, sampled: rest.to_vec() })
+        }
         _ => Err(Malformed("outcome")),
     }
+}
+
+fn write_part(bytes: &mut Vec<u8>, part: &[u8]) {
+    // Each part is bounded far below.
+    bytes.extend_from_slice(&u32::try_from(part.len()).unwrap_or(u32::MAX).to_le_bytes());
+    bytes.extend_from_slice(part);
+}
+
+fn read_part(rest: &mut &[u8], what: &'static str) -> Result<Vec<u8>, Malformed> {
+    let length = usize::try_from(u32::from_le_bytes(array(rest, what)?)).map_err(|_| Malformed(what))?;
+    let (part, after) = rest.split_at_checked(length).ok_or(Malformed(what))?;
+    *rest = after;
+    Ok(part.to_vec())
 }
 
 fn array<const N: usize>(rest: &mut &[u8], what: &'static str) -> Result<[u8; N], Malformed> {
@@ -248,7 +269,8 @@ mod tests {
             assert!(read_accepted(&bytes[..cut]).is_err(), "cut at {cut}");
         }
         for outcome in [
-            Outcome::Certified { receipt: b"{}".to_vec(), answer: vec![9; 5] },
+            Outcome::Certified { receipt: b"{}".to_vec(), answer: vec![9; 5], sampled: Vec::new() },
+            Outcome::Certified { receipt: b"{}".to_vec(), answer: vec![9; 5], sampled: vec![8; 3] },
             Outcome::Failed { error: b"{\"code\":\"x\"}".to_vec() },
         ] {
             assert_eq!(read_outcome(&write_outcome(&outcome)), Ok(outcome));

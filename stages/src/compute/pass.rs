@@ -14,7 +14,7 @@ use butterfly_verify::NodeIndex;
 use crate::compute::Run;
 use crate::compute::session::{self, Effects, OpenError, Place, Session, Work};
 use crate::items::RequestId;
-use crate::model::{ForwardError, Model, SequenceStep, SliceModel, StepOutput};
+use crate::model::{ForwardError, Model, Scoring, SequenceStep, SliceModel};
 
 #[cfg(feature = "adversary")]
 use crate::adversary::Behaviour;
@@ -169,12 +169,15 @@ fn forward(slices: &Slices, slice: &SliceModel, pool: &Pool, batch: Vec<(&mut Se
     if batch.is_empty() {
         return;
     }
+    let scoring: Vec<Option<Scoring>> = batch.iter().map(|(session, work)| session.scoring(work)).collect();
     let lies = lies(slices, &batch);
     let mut steps: Vec<SequenceStep<'_>> = batch
         .iter_mut()
         .zip(&lies)
-        .map(|((session, work), lie)| {
-            SequenceStep::new(session.sequence_mut(), lie.as_ref().unwrap_or(work).as_input())
+        .zip(scoring)
+        .map(|(((session, work), lie), scoring)| {
+            let input = lie.as_ref().unwrap_or(work).as_input();
+            SequenceStep::new(session.sequence_mut(), input).scoring(scoring)
         })
         .collect();
     if let Err(error) = slice.forward(pool, &mut steps) {
@@ -182,9 +185,9 @@ fn forward(slices: &Slices, slice: &SliceModel, pool: &Pool, batch: Vec<(&mut Se
         passed.fault = Some(error);
         return;
     }
-    let outputs: Vec<StepOutput> = steps.into_iter().map(|step| step.output).collect();
-    for ((session, work), output) in batch.into_iter().zip(outputs) {
-        let did = session.absorb(&work, output);
+    let outputs: Vec<_> = steps.into_iter().map(|step| (step.output, step.scored)).collect();
+    for ((session, work), (output, scored)) in batch.into_iter().zip(outputs) {
+        let did = session.absorb(&work, output, scored);
         passed.effects.boundaries.extend(did.boundaries);
         passed.effects.outcomes.extend(did.outcomes);
     }

@@ -9,6 +9,7 @@
 
 use std::sync::Arc;
 
+use butterfly_kernels::LogProbs;
 use butterfly_topology::NodeId;
 use butterfly_verify::{Answer, BoundaryRoot, Digest, Input, NodeIndex, Request};
 
@@ -16,7 +17,9 @@ use crate::compute::Run;
 use crate::compute::gate::{Gate, Offer};
 use crate::compute::pass::Open;
 use crate::items::{Boundary, BoundaryValues, Finished, Outcome, RequestId};
-use crate::model::{Architecture, Generation, Messages, Model, Sequence, SliceModel, StepInput, StepOutput};
+use crate::model::{
+    Architecture, Generation, Messages, Model, Sampled, Scoring, Sequence, SliceModel, StepInput, StepOutput,
+};
 
 #[cfg(feature = "adversary")]
 use crate::adversary::Behaviour;
@@ -121,6 +124,10 @@ pub(crate) struct Session {
     sequence: Sequence,
     /// On the last slice of a model that generates.
     generation: Option<Generation>,
+    /// The prompt, on the last slice, if the likelihood of its tokens is wanted.
+    scored_prompt: Vec<u32>,
+    /// How many of the likeliest tokens to name beside each of them.
+    scored_top: usize,
     /// All positions are one step, since each depends on all.
     is_one_step: bool,
     feed: Feed,
@@ -188,6 +195,11 @@ impl Session {
             sequence: slice.new_sequence(),
             model: slice,
             generation: is_generating.then(|| Generation::new(body, model.manifest(), model.tokenizer())),
+            scored_prompt: match is_generating && body.params.prompt_logprobs {
+                true => prompt.clone(),
+                false => Vec::new(),
+            },
+            scored_top: body.params.logprobs.unwrap_or(0).into(),
             is_one_step: model.manifest().architecture == Architecture::Bert,
             feed,
             end: Gate::new(place.last.clone(), place.need, 1),
@@ -316,11 +328,24 @@ impl Session {
         &mut self.sequence
     }
 
-    /// Takes what a forward pass over `work` yielded.
-    pub(crate) fn absorb(&mut self, work: &Work, output: StepOutput) -> Effects {
+    /// Of which tokens a forward pass over `work` is to say how likely they were: those of the prompt after its positions.
+    pub(crate) fn scoring(&self, work: &Work) -> Option<Scoring> {
+        let rows = match work {
+            Work::Tokens(tokens) => tokens.len(),
+            Work::Rows(rows) => rows.len() / self.width_in(),
+            Work::Vector(_) => 0,
+        };
+        let next = self.scored_prompt.get(self.input_root.positions() as usize..)?;
+        let next: Vec<u32> = next.iter().skip(1).take(rows).copied().collect();
+        (!next.is_empty()).then_some(Scoring { next, top: self.scored_top })
+    }
+
+    /// Takes what a forward pass over `work` yielded, and how likely the tokens of [`Session::scoring`] were.
+    pub(crate) fn absorb(&mut self, work: &Work, output: StepOutput, scored: Vec<Option<LogProbs>>) -> Effects {
         let first_position = self.input_root.positions();
         self.hash_input(work);
         let mut effects = Effects::default();
+        self.tell_prompt(first_position, scored, &mut effects);
         match output {
             StepOutput::Rows(rows) => self.pass_on(first_position, rows, &mut effects),
             StepOutput::Logits(logits) => self.sample(logits, &mut effects),
@@ -394,12 +419,35 @@ impl Session {
         effects.boundaries.push(self.boundary(self.place.slice + 1, position, values));
     }
 
+    /// Tells tokens of the prompt with how likely they were; with the first position also its own token, which follows none.
+    fn tell_prompt(&mut self, position: u32, scored: Vec<Option<LogProbs>>, effects: &mut Effects) {
+        let first = self.scored_prompt.first().filter(|_| position == 0).map(|first| Sampled::from(*first));
+        let index = if position == 0 { 0 } else { position.saturating_add(1) };
+        let next = self.scored_prompt.get((position as usize).saturating_add(1)..).unwrap_or_default();
+        let next = next.iter().zip(scored);
+        let next = next.map(|(token, found)| Sampled { token: *token, logprobs: found.map(Box::new) });
+        let tokens: Vec<Sampled> = first.into_iter().chain(next).collect();
+        if !tokens.is_empty() {
+            self.tell(index, tokens, effects);
+        }
+    }
+
+    fn tell(&self, index: u32, tokens: Vec<Sampled>, effects: &mut Effects) {
+        let (rd, gateway, attempt) = (self.rd, self.gateway.clone(), self.attempt);
+        effects.outcomes.push(Outcome::Delta { rd, gateway, attempt, index, tokens });
+    }
+
     /// Samples the next token once every position before it has been seen, and feeds it back.
     fn sample(&mut self, mut logits: Vec<f32>, effects: &mut Effects) {
         let positions = self.input_root.positions();
         let Some(generation) = &mut self.generation else { return };
         let index = generation.tokens().len() as u32;
         if positions != self.prompt_positions.saturating_add(index) {
+            return;
+        }
+        if generation.end_empty() {
+            self.answer = generation.answer();
+            self.tell_end(positions, effects);
             return;
         }
         let Ok(sampled) = generation.sample(&mut logits) else {
@@ -409,13 +457,7 @@ impl Session {
         let token = sampled.token;
         let is_last = generation.push(token).is_some();
         self.answer = generation.answer();
-        effects.outcomes.push(Outcome::Delta {
-            rd: self.rd,
-            gateway: self.gateway.clone(),
-            attempt: self.attempt,
-            index,
-            tokens: vec![sampled],
-        });
+        self.tell((self.scored_prompt.len() as u32).saturating_add(index), vec![sampled], effects);
         if is_last {
             self.tell_end(positions, effects);
             return;
@@ -509,10 +551,10 @@ fn admit(body: &Request, model: &Model) -> Result<(), OpenError> {
             Architecture::Llama | Architecture::Bert,
         ) => {
             let generates = manifest.architecture == Architecture::Llama;
-            if generates != (body.params.max_tokens > 0) {
+            if generates != body.generates() {
                 return unfit(format!("it wants {} tokens generated", body.params.max_tokens));
             }
-            let room = manifest.context_length.saturating_sub(usize::from(generates));
+            let room = manifest.context_length.saturating_sub(usize::from(body.params.max_tokens > 0));
             if tokens.len() > room {
                 return unfit(format!("{} tokens do not fit a context of {}", tokens.len(), manifest.context_length));
             }

@@ -327,6 +327,12 @@ impl State {
                 metrics.consensus_rounds_total.of(&CERTIFIED).inc();
                 self.decided.push(Decided::Certified { rd, receipt: Box::new(receipt), answer: Box::new(answer) });
             }
+            Verdict::Incomplete => {
+                metrics.consensus_rounds_total.of(&SHORT).inc();
+                let slice = self.services.plan.slices.len().saturating_sub(1);
+                let error = CoordinationError::InsufficientNodes { slice };
+                self.decided.push(Decided::Failed { rd, error: error.into() });
+            }
             Verdict::Impossible { slice } => {
                 self.services.telemetry.traces().mark_last(&rd.0, Mark::new("consensus", "impossible").slice(slice));
                 metrics.consensus_rounds_total.of(&CONTRADICTED).inc();

@@ -22,6 +22,8 @@ pub(crate) enum Verdict {
     SliceCertified,
     /// Every slice is certified.
     Certified { receipt: Receipt, answer: Answer },
+    /// Every slice is certified, but too few replicas of the last one sent the log-probabilities.
+    Incomplete,
     /// The replicas of the slice contradict each other beyond repair.
     Impossible { slice: u16 },
     /// A node was caught.
@@ -45,7 +47,8 @@ pub(crate) struct Open {
 impl Open {
     pub(crate) fn new(epoch: Arc<Epoch>, request: Request, last: Vec<NodeId>) -> Self {
         let needed = request.mode.votes(epoch.parts().max_byzantine);
-        let tokens = Gate::new(last, needed, request.params.max_tokens);
+        let scored = u32::try_from(request.scored_tokens()).unwrap_or(u32::MAX);
+        let tokens = Gate::new(last, needed, scored.saturating_add(request.params.max_tokens));
         Self {
             tally: Tally::new(epoch, request),
             tokens,
@@ -140,18 +143,22 @@ impl Open {
     }
 
     /// What was decided, once it may be told. Log-probabilities come with the tokens and are not in the answer, so a request
-    /// that asks for them waits a short while for tokens that f+1 replicas have voted for but not all sent.
+    /// that asks for them waits a short while for tokens that f+1 replicas have voted for but not all sent. Without them it
+    /// is not answered.
     pub(crate) fn certified(&mut self, now: Duration) -> Option<Verdict> {
         let (since, _, answer) = self.held.as_ref()?;
-        let sampled = match answer {
-            Answer::Text { tokens, .. } if self.tally.request().params.logprobs.is_some() => tokens.len(),
+        let request = self.tally.request();
+        let told = match answer {
+            Answer::Text { tokens, .. } if request.params.logprobs.is_some() => request.scored_tokens() + tokens.len(),
             _ => 0,
         };
-        if (self.tokens.next() as usize) < sampled && now.saturating_sub(*since) < LAST_TOKENS {
+        let is_whole = self.tokens.next() as usize >= told;
+        if !is_whole && now.saturating_sub(*since) < LAST_TOKENS {
             return None;
         }
         self.settle(now);
-        self.held.take().map(|(_, receipt, answer)| Verdict::Certified { receipt, answer })
+        let (_, receipt, answer) = self.held.take()?;
+        Some(if is_whole { Verdict::Certified { receipt, answer } } else { Verdict::Incomplete })
     }
 
     /// Notes that a replica found another's tag wrong. Returns how many have.

@@ -5,8 +5,6 @@
 //! of it is checked here, and what does not hold is an error.
 
 use butterfly_engine::frame::{Frame, FrameBuilder, FrameError};
-use butterfly_kernels::LogProbs;
-use butterfly_verify::limits::LOGPROBS_MAX;
 use butterfly_verify::{Digest, NodeIndex, SignatureBytes};
 
 use crate::items::RequestId;
@@ -23,12 +21,13 @@ const KIND_AUDITS: u8 = 3;
 const KIND_CHECKPOINT: u8 = 4;
 const KIND_VOUCH: u8 = 5;
 
-/// Tokens that a replica of the last slice sampled.
+/// Tokens that a replica of the last slice sampled, or found in the prompt.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Delta {
     /// The request.
     pub rd: RequestId,
-    /// Index of the first of `tokens` among the generated ones.
+    /// Index of the first of `tokens` among the generated ones, or among those of the prompt and them, if the request wants the
+    /// prompt's log-probabilities.
     pub index: u32,
     /// The tokens.
     pub tokens: Vec<Sampled>,
@@ -86,22 +85,9 @@ pub fn deltas(deltas: &[Delta]) -> Result<Frame, FrameError> {
         message.extend_from_slice(&delta.rd.0);
         message.extend_from_slice(&delta.index.to_le_bytes());
         message.extend_from_slice(&(delta.tokens.len() as u32).to_le_bytes());
-        delta.tokens.iter().for_each(|sampled| write_sampled(&mut message, sampled));
+        delta.tokens.iter().for_each(|sampled| sampled.write(&mut message));
     }
     Frame::control(&message)
-}
-
-/// The token, then 0, or the number of the likeliest tokens and one, the chosen log-probability, and theirs.
-fn write_sampled(message: &mut Vec<u8>, Sampled { token, logprobs }: &Sampled) {
-    message.extend_from_slice(&token.to_le_bytes());
-    let Some(LogProbs { chosen, top }) = logprobs.as_deref() else { return message.push(0) };
-    let top = top.get(..usize::from(LOGPROBS_MAX)).unwrap_or(top);
-    message.push(top.len() as u8 + 1);
-    message.extend_from_slice(&chosen.to_le_bytes());
-    for (id, log_prob) in top {
-        message.extend_from_slice(&id.to_le_bytes());
-        message.extend_from_slice(&log_prob.to_le_bytes());
-    }
 }
 
 /// Wraps at most [`ENTRIES_MAX`] failed audits.
@@ -177,26 +163,8 @@ fn read_delta(rest: &mut &[u8]) -> Result<Delta, Malformed> {
     if count > DELTA_TOKENS_MAX {
         return Err(Malformed);
     }
-    let tokens = (0..count).map(|_| read_sampled(rest)).collect::<Result<_, _>>()?;
+    let tokens = (0..count).map(|_| Sampled::read(rest).map_err(|_| Malformed)).collect::<Result<_, _>>()?;
     Ok(Delta { rd, index, tokens })
-}
-
-fn read_sampled(rest: &mut &[u8]) -> Result<Sampled, Malformed> {
-    let token = u32::from_le_bytes(*take(rest)?);
-    let [entries] = *take(rest)?;
-    let Some(top) = entries.checked_sub(1) else { return Ok(token.into()) };
-    if top > LOGPROBS_MAX {
-        return Err(Malformed);
-    }
-    let chosen = read_log_prob(rest)?;
-    let top =
-        (0..top).map(|_| Ok((u32::from_le_bytes(*take(rest)?), read_log_prob(rest)?))).collect::<Result<_, _>>()?;
-    Ok(Sampled { token, logprobs: Some(Box::new(LogProbs { chosen, top })) })
-}
-
-fn read_log_prob(rest: &mut &[u8]) -> Result<f32, Malformed> {
-    let value = f32::from_le_bytes(*take(rest)?);
-    if value.is_finite() { Ok(value) } else { Err(Malformed) }
 }
 
 fn read_bad_tag(rest: &mut &[u8]) -> Result<BadTag, Malformed> {
@@ -215,6 +183,8 @@ fn take<'a, const N: usize>(rest: &mut &'a [u8]) -> Result<&'a [u8; N], Malforme
 
 #[cfg(test)]
 mod tests {
+    use butterfly_kernels::LogProbs;
+
     use super::*;
     use proptest::prelude::*;
 

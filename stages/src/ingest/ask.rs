@@ -67,6 +67,8 @@ pub(super) struct Rules {
     pub temperature: f32,
     /// Tokens at most where the client does not say, as far as there is room.
     pub tokens_default: u32,
+    /// The fewest that a client may ask for.
+    pub tokens_min: u32,
 }
 
 /// The name and value of the field that says how to verify.
@@ -111,8 +113,9 @@ impl Ask {
             ignore_eos: fields.flag("ignore_eos", false)?,
             choice: 0,
             logprobs: None,
+            prompt_logprobs: false,
         };
-        let counts = 1..=i64::from(u32::MAX);
+        let counts = i64::from(rules.tokens_min)..=i64::from(u32::MAX);
         let max_tokens =
             fields.integer("max_completion_tokens", counts.clone())?.or(fields.integer("max_tokens", counts)?);
         let own = take(&mut fields.butterfly).value("butterfly")?;

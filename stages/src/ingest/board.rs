@@ -45,6 +45,8 @@ pub struct Completed {
     pub answer: Answer,
     /// The proof.
     pub receipt: Receipt,
+    /// The tokens with their log-probabilities, those of the prompt first where they are wanted; empty if none were asked for.
+    pub sampled: Vec<Sampled>,
     /// Whether it answered another request before.
     pub cached: bool,
 }
@@ -53,14 +55,18 @@ impl Completed {
     /// What the log has of a request that was certified; `None` when it cannot be read, or is not what was certified: a record
     /// is checked when it is read, and not only when the log is opened.
     #[must_use]
-    pub(super) fn recall(accepted: &Accepted, receipt: &[u8], answer: &[u8]) -> Option<Self> {
+    pub(super) fn recall(accepted: &Accepted, receipt: &[u8], answer: &[u8], mut sampled: &[u8]) -> Option<Self> {
         let request = Request::decode(&accepted.request).ok()?;
         let answer = Answer::decode(answer).ok()?;
         let receipt: Receipt = serde_json::from_slice(receipt).ok()?;
         let holds =
             request.digest() == accepted.rd && receipt.rd == accepted.rd && receipt.answer_root == answer.root();
         let task_id = accepted.task_id.clone();
-        holds.then_some(Self { task_id, request, answer, receipt, cached: false })
+        let mut tokens = Vec::new();
+        while !sampled.is_empty() {
+            tokens.push(Sampled::read(&mut sampled).ok()?);
+        }
+        holds.then_some(Self { task_id, request, answer, receipt, sampled: tokens, cached: false })
     }
 }
 
@@ -170,7 +176,10 @@ struct Task {
     phase: Phase,
     opened: Duration,
     moved: Duration,
-    tokens: usize,
+    /// Tokens told so far, those of the prompt included where they are told.
+    told: usize,
+    /// These, if their log-probabilities belong to the answer.
+    kept: Vec<Sampled>,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,6 +196,11 @@ impl Task {
 
     fn lives(&self) -> bool {
         self.phase != Phase::Abandoned
+    }
+
+    /// Tokens generated so far, as far as they were told.
+    fn generated(&self) -> usize {
+        self.told.saturating_sub(self.request.scored_tokens())
     }
 }
 
@@ -272,7 +286,8 @@ impl Board {
             phase: Phase::Waiting,
             opened: now,
             moved: now,
-            tokens: 0,
+            told: 0,
+            kept: Vec::new(),
         };
         state.tasks.insert(rd, task);
         state.bytes = state.bytes.saturating_add(bytes);
@@ -328,7 +343,7 @@ impl Board {
         let rd = named.or_else(|| id.parse().ok())?;
         let task = state.tasks.get(&rd).filter(|task| task.lives() && task.request.client == client)?;
         let is_running = task.phase == Phase::Running;
-        Some(Status { rd, task_id: task.task_id.clone(), is_running, tokens: task.tokens })
+        Some(Status { rd, task_id: task.task_id.clone(), is_running, tokens: task.generated() })
     }
 
     /// The task has a permit, which it keeps until it ends.
@@ -356,26 +371,40 @@ impl Board {
         self.telemetry.events().emit_with(|| Event::new("running").request(rd));
     }
 
-    /// f+1 replicas agree on these tokens, the first of which is number `index` of the answer. Never waits.
+    /// The tokens of a living task with their log-probabilities, if it asks for these.
+    #[must_use]
+    pub fn sampled(&self, rd: &RequestId) -> Vec<Sampled> {
+        self.lock().tasks.get(rd).map_or_else(Vec::new, |task| task.kept.clone())
+    }
+
+    /// f+1 replicas agree on these tokens, the first of which is number `index` of those told. Never waits.
     pub fn progress(&self, rd: &RequestId, index: u32, tokens: &[Sampled]) {
         let now = self.clock.now();
         let index = usize::try_from(index).unwrap_or(usize::MAX);
         let mut state = self.lock();
         let Some(task) = state.tasks.get_mut(rd).filter(|task| task.lives()) else { return };
-        let fresh = index.saturating_add(tokens.len()).saturating_sub(task.tokens);
-        if fresh == 0 || index > task.tokens {
+        let fresh = index.saturating_add(tokens.len()).saturating_sub(task.told);
+        if fresh == 0 || index > task.told {
             return;
         }
-        let is_first = task.tokens == 0;
+        let before = task.generated();
+        let is_first = before == 0;
         let since = now.saturating_sub(if is_first { task.opened } else { task.moved });
-        task.tokens += fresh;
+        if task.request.params.logprobs.is_some() {
+            task.kept.extend_from_slice(tokens.get(tokens.len() - fresh..).unwrap_or_default());
+        }
+        task.told += fresh;
         task.moved = now;
+        let fresh = task.generated() - before;
         for sink in &task.sinks {
             sink.tokens(index, tokens);
         }
         let label = ModelLabel { model: task.request.model.clone() };
         state.moved = now;
         drop(state);
+        if fresh == 0 {
+            return;
+        }
         self.telemetry.traces().mark(&rd.0, Mark::new("commit", "released").count(fresh));
         let metrics = self.telemetry.metrics();
         let (first, between) = if is_first { (1, fresh - 1) } else { (0, fresh) };
@@ -429,8 +458,8 @@ impl Board {
         self.settle(rd, Err(error));
     }
 
-    /// One more client waits for a living task: it hears what comes from now on, and the whole answer at the end. False when
-    /// the task does not live.
+    /// One more client waits for a living task: it hears what comes from now on (with log-probabilities also what came before),
+    /// and the whole answer at the end. False when the task does not live.
     ///
     /// # Errors
     /// When too many wait for this task.
@@ -440,6 +469,7 @@ impl Board {
         if task.sinks.len() >= WAITING_FOR_ONE_MAX {
             return Err(SchedulingError::QueueFull { limit: WAITING_FOR_ONE_MAX, retry_after: Duration::from_secs(1) });
         }
+        sink.tokens(0, &task.kept);
         task.sinks.push(sink);
         task.left = None;
         Ok(true)
@@ -622,7 +652,7 @@ impl Board {
             metrics.prompt_tokens_total.inc_by(prompt_tokens as u64);
             if let Answer::Text { tokens, .. } = &completed.answer {
                 metrics.generation_tokens_total.inc_by(tokens.len() as u64);
-                if task.tokens == 0 {
+                if task.generated() == 0 {
                     metrics.time_to_first_token_seconds.of(&label).record(now.saturating_sub(task.opened));
                 }
             }

@@ -44,7 +44,8 @@ async fn admit(front: &Front, client: Caller, request: Request) -> Result<(Wishe
     let logprobs = logprobs(&fields)?;
     let count = fields.choices()?;
     // Where nothing is said a message may be as long as the model can make it.
-    let rules = Rules { mode: front.gateway.mode, temperature: TEMPERATURE_DEFAULT, tokens_default: u32::MAX };
+    let rules =
+        Rules { mode: front.gateway.mode, temperature: TEMPERATURE_DEFAULT, tokens_default: u32::MAX, tokens_min: 1 };
     let mut ask = Ask::new(&mut fields, "messages", AskInput::Chat(messages(said)?), rules)?;
     ask.params.logprobs = logprobs;
     drop(body);

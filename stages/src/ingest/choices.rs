@@ -126,7 +126,7 @@ async fn whole(gateway: &Gateway, wishes: Wishes, head: &Head, asked: Vec<Asked>
         answered.iter().zip(&texts).enumerate().filter_map(|(index, ((sampled, completed), (text, proof)))| {
             let Answer::Text { tokens, finish, .. } = &completed.answer else { return None };
             Some(Choice {
-                logprobs: LogProbForms::new(wishes.form, tokenizer).next(sampled),
+                logprobs: LogProbForms::new(wishes.form, tokenizer, &completed.request).next(sampled),
                 finish_reason: Some(finish_reason(*finish)),
                 prompt_token_ids: completed.request.input.tokens().filter(|_| wishes.return_token_ids),
                 token_ids: wishes.return_token_ids.then_some(tokens.as_slice()),

@@ -42,11 +42,18 @@ async fn admit(front: &Front, client: Caller, request: Request) -> Result<(Wishe
     let prompts = std::mem::take(&mut fields.prompt).value("prompt")?;
     let prompts =
         prompts.ok_or_else(|| Failure::invalid_value("prompt", "prompt is missing: a string or token ids"))?;
-    let logprobs = logprobs(&fields, wishes.echo)?;
+    let logprobs = logprobs(&fields)?;
+    // What is shown with log-probabilities has them.
+    let prompt_logprobs = wishes.echo && logprobs.is_some();
     let count = fields.choices()?;
-    let rules = Rules { mode: front.gateway.mode, temperature: TEMPERATURE_DEFAULT, tokens_default: COMPLETION_TOKENS };
+    let rules = Rules {
+        mode: front.gateway.mode,
+        temperature: TEMPERATURE_DEFAULT,
+        tokens_default: COMPLETION_TOKENS,
+        tokens_min: if prompt_logprobs { 0 } else { 1 },
+    };
     let mut base = Ask::new(&mut fields, "prompt", AskInput::Tokens(Vec::new()), rules)?;
-    base.params.logprobs = logprobs;
+    (base.params.logprobs, base.params.prompt_logprobs) = (logprobs, prompt_logprobs);
     let mut asks = prompts.0.into_iter().map(|prompt| base.about(prompt.into()));
     let ask = asks.next().ok_or_else(|| Failure::invalid_value("prompt", "prompt is empty"))?;
     let others: Vec<Ask> = asks.collect();
@@ -56,15 +63,9 @@ async fn admit(front: &Front, client: Caller, request: Request) -> Result<(Wishe
 }
 
 /// How many of the likeliest tokens are wanted with their log-probabilities. `false` is what other interfaces say for none.
-fn logprobs(fields: &Fields, echo: bool) -> Result<Option<u8>, Failure> {
+fn logprobs(fields: &Fields) -> Result<Option<u8>, Failure> {
     if fields.flag("logprobs", false) == Ok(false) {
         return Ok(None);
     }
-    let top = choices::logprobs(fields, "logprobs")?;
-    if top.is_some() && echo {
-        let message =
-            "log-probabilities are given for what is generated, not for the prompt: leave out echo or logprobs";
-        return Err(Failure::unsupported_parameter("logprobs", message));
-    }
-    Ok(top)
+    choices::logprobs(fields, "logprobs")
 }

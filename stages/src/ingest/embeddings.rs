@@ -71,7 +71,7 @@ async fn read(front: &Front, request: Request) -> Result<Asked, Failure> {
         return Err(Failure::unsupported_parameter("dimensions", message));
     }
     let inputs = inputs(&mut fields)?;
-    let rules = Rules { mode: front.gateway.mode, temperature: 0.0, tokens_default: 0 };
+    let rules = Rules { mode: front.gateway.mode, temperature: 0.0, tokens_default: 0, tokens_min: 1 };
     let ask = Ask::new(&mut fields, "input", AskInput::Tokens(Vec::new()), rules)?;
     drop(body);
     Ok(Asked { ask, inputs, is_base64 })

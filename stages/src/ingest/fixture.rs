@@ -64,7 +64,8 @@ pub(super) fn completed(request: &Request) -> TaskResult {
         answer_root: answer.root(),
         slices: Vec::new(),
     };
-    Ok(Arc::new(Completed { task_id: "task".to_owned(), request: request.clone(), answer, receipt, cached: false }))
+    let (task_id, request, sampled) = ("task".to_owned(), request.clone(), Vec::new());
+    Ok(Arc::new(Completed { task_id, request, answer, receipt, sampled, cached: false }))
 }
 
 impl Fixture {

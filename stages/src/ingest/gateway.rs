@@ -98,7 +98,8 @@ impl Awaited {
 
     /// An answer that is there.
     fn ended(completed: Arc<Completed>) -> Self {
-        let (sender, receiver) = reply(0);
+        let (sender, receiver) = reply(completed.sampled.len());
+        sender.tokens(0, &completed.sampled);
         sender.end(Ok(completed));
         Self { receiver, _waiting: None, keep: None }
     }
@@ -292,11 +293,6 @@ impl Gateway {
             });
             return self.admit(kind, priority, wanted.collect(), wait).await;
         };
-        if asks.iter().any(|ask| ask.params.logprobs.is_some()) {
-            let message = "log-probabilities are not in the log, so a retry could not have them: leave out either \
-                           logprobs or the Idempotency-Key";
-            return Err(Failure::unsupported_parameter("logprobs", message));
-        }
         let keys: Vec<RetryKey> = (0..count).map(|_| retry.next()).collect();
         let _turn = match keys.first() {
             Some(first) => self.turns.of(first).await,
@@ -493,8 +489,8 @@ impl Gateway {
                     }
                     None => return Ok(None),
                 },
-                Some(Outcome::Certified { receipt, answer }) => {
-                    let completed = Completed::recall(&accepted, &receipt, &answer).ok_or_else(damaged)?;
+                Some(Outcome::Certified { receipt, answer, sampled }) => {
+                    let completed = Completed::recall(&accepted, &receipt, &answer, &sampled).ok_or_else(damaged)?;
                     let (task_id, request) = (completed.task_id.clone(), completed.request.clone());
                     let reply = wait.then(|| Awaited::ended(Arc::new(completed)));
                     return Ok(Some(Admitted { task_id, request, reply }));
@@ -637,9 +633,9 @@ impl Gateway {
     }
 }
 
-/// Tokens that may come back.
+/// Tokens that may come back: those of the prompt, if they are wanted, and the generated ones.
 fn tokens_max(request: &Request) -> usize {
-    usize::try_from(request.params.max_tokens).unwrap_or(usize::MAX)
+    usize::try_from(request.params.max_tokens).unwrap_or(usize::MAX).saturating_add(request.scored_tokens())
 }
 
 /// Longer texts have more tokens than the model takes, so they need not be tokenised to know.

@@ -58,7 +58,7 @@ async fn admit(front: &Front, client: Caller, request: Request) -> Result<(bool,
     fields.refuse("echo", Setting::Flag(false))?;
     let priority = fields.take("priority");
     let priority = ask::priority("priority", priority.as_ref())?;
-    let rules = Rules { mode: front.gateway.mode, temperature: 0.0, tokens_default: COMPLETION_TOKENS };
+    let rules = Rules { mode: front.gateway.mode, temperature: 0.0, tokens_default: COMPLETION_TOKENS, tokens_min: 1 };
     let mut ask = Ask::new(&mut fields, field, input, rules)?;
     ask.priority = ask.priority.or(priority);
     drop(body);

@@ -8,6 +8,8 @@
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
+use butterfly_kernels::LogProbs;
+use butterfly_verify::Request;
 use serde::{Serialize, Serializer};
 
 use super::render::Form;
@@ -18,10 +20,10 @@ use crate::model::{Sampled, Tokenizer};
 pub(super) struct Listed {
     /// The tokens.
     tokens: Vec<String>,
-    /// Of each token that was chosen.
-    token_logprobs: Vec<f32>,
-    /// For each position the likeliest tokens, and the chosen one.
-    top_logprobs: Vec<Ranked>,
+    /// Of each token that was chosen, or stands in the prompt; null for the first of a prompt, which follows nothing.
+    token_logprobs: Vec<Option<f32>>,
+    /// For each position the likeliest tokens, and the one that is there.
+    top_logprobs: Vec<Option<Ranked>>,
     /// Where each token begins in the text, in characters.
     text_offset: Vec<usize>,
 }
@@ -74,21 +76,26 @@ impl Serialize for Ranked {
 pub(super) struct LogProbForms {
     form: Form,
     tokenizer: Option<Tokenizer>,
+    /// Whether the request asks for any.
+    are_wanted: bool,
     /// Characters of the text so far.
     offset: usize,
 }
 
 impl LogProbForms {
-    /// For tokens of this tokenizer, the first of which begins the text.
+    /// For tokens of this tokenizer that answer a request, the first of which begins the text.
     #[must_use]
-    pub(super) fn new(form: Form, tokenizer: Option<&Tokenizer>) -> Self {
-        Self { form, tokenizer: tokenizer.cloned(), offset: 0 }
+    pub(super) fn new(form: Form, tokenizer: Option<&Tokenizer>, request: &Request) -> Self {
+        Self { form, tokenizer: tokenizer.cloned(), are_wanted: request.params.logprobs.is_some(), offset: 0 }
     }
 
-    /// The next tokens; `None` if none of them has log-probabilities.
+    /// The next tokens; `None` if there are none, or nobody asked.
     pub(super) fn next(&mut self, sampled: &[Sampled]) -> Option<LogProbJson> {
+        if !self.are_wanted || sampled.is_empty() {
+            return None;
+        }
         match self.form {
-            Form::Completion => self.listed(sampled).map(LogProbJson::Listed),
+            Form::Completion => Some(LogProbJson::Listed(self.listed(sampled))),
             Form::Chat => self.detailed(sampled).map(LogProbJson::Detailed),
         }
     }
@@ -111,23 +118,26 @@ impl LogProbForms {
         (!content.is_empty()).then_some(Detailed { content, refusal: None })
     }
 
-    fn listed(&mut self, sampled: &[Sampled]) -> Option<Listed> {
+    fn listed(&mut self, sampled: &[Sampled]) -> Listed {
         let mut listed = Listed::default();
         for Sampled { token, logprobs } in sampled {
             let offset = self.offset;
             let bytes = self.tokenizer.as_ref().map_or(&[][..], |tokenizer| tokenizer.token_bytes(*token));
             self.offset += bytes.iter().filter(|byte| **byte & 0xc0 != 0x80).count();
-            let Some(logprobs) = logprobs else { continue };
             let name = self.name(*token);
-            let mut seen = BTreeSet::new();
-            let all = logprobs.top.iter().map(|(id, log_prob)| (self.name(*id), *log_prob));
-            let all = all.chain([(name.clone(), logprobs.chosen)]);
-            listed.top_logprobs.push(Ranked(all.filter(|(name, _)| seen.insert(name.clone())).collect()));
+            listed.token_logprobs.push(logprobs.as_ref().map(|logprobs| logprobs.chosen));
+            listed.top_logprobs.push(logprobs.as_ref().map(|logprobs| self.ranked(&name, logprobs)));
             listed.tokens.push(name);
-            listed.token_logprobs.push(logprobs.chosen);
             listed.text_offset.push(offset);
         }
-        (!listed.tokens.is_empty()).then_some(listed)
+        listed
+    }
+
+    fn ranked(&self, name: &str, logprobs: &LogProbs) -> Ranked {
+        let mut seen = BTreeSet::new();
+        let all = logprobs.top.iter().map(|(id, log_prob)| (self.name(*id), *log_prob));
+        let all = all.chain([(name.to_owned(), logprobs.chosen)]);
+        Ranked(all.filter(|(name, _)| seen.insert(name.clone())).collect())
     }
 
     fn name(&self, token: u32) -> String {
@@ -150,10 +160,10 @@ impl LogProbForms {
 mod tests {
     use std::path::Path;
 
-    use butterfly_kernels::LogProbs;
     use serde_json::json;
 
     use super::*;
+    use crate::ingest::fixture::request;
     use crate::model::Model;
 
     fn sampled(token: u32, chosen: f32, top: &[(u32, f32)]) -> Sampled {
@@ -167,7 +177,8 @@ mod tests {
         let crab = tokenizer.encode("🦀").unwrap();
         assert!(crab.len() > 1, "the crab is several tokens");
         let a = tokenizer.encode("a").unwrap()[0];
-        let mut forms = LogProbForms { form: Form::Completion, tokenizer: Some(tokenizer.clone()), offset: 5 };
+        let mut forms =
+            LogProbForms { form: Form::Completion, tokenizer: Some(tokenizer.clone()), are_wanted: true, offset: 5 };
         let tokens: Vec<Sampled> = crab.iter().chain([&a]).map(|id| sampled(*id, -1.0, &[(a, -0.5)])).collect();
         let listed = json!(forms.next(&tokens).unwrap());
         assert_eq!(listed["tokens"].as_array().unwrap().last().unwrap(), "a");
@@ -176,7 +187,14 @@ mod tests {
         assert_eq!(listed["top_logprobs"][0].as_object().unwrap().len(), 2, "the chosen token comes on top");
         let last = listed["top_logprobs"].as_array().unwrap().last().unwrap();
         assert_eq!(last, &json!({ "a": -0.5 }), "the chosen token is among the likeliest");
-        assert!(forms.next(&[a.into()]).is_none(), "none was asked for");
+        let first = json!(forms.next(&[a.into()]).unwrap());
+        assert_eq!(
+            (&first["token_logprobs"], &first["top_logprobs"]),
+            (&json!([null]), &json!([null])),
+            "it follows none"
+        );
+        forms.are_wanted = false;
+        assert!(forms.next(&[a.into()]).is_none(), "nobody asks");
     }
 
     #[test]
@@ -184,7 +202,8 @@ mod tests {
         let model = Model::open("builtin:tiny-rust", Path::new("")).unwrap();
         let tokenizer = model.tokenizer().unwrap();
         let (crab, a) = (tokenizer.encode("🦀").unwrap()[0], tokenizer.encode("a").unwrap()[0]);
-        let mut forms = LogProbForms::new(Form::Chat, Some(tokenizer));
+        let mut forms =
+            LogProbForms { are_wanted: true, ..LogProbForms::new(Form::Chat, Some(tokenizer), &request(1, "")) };
         let detailed = json!(forms.next(&[sampled(a, -0.5, &[(a, -0.5), (crab, -1.5)])]).unwrap());
         let top = &detailed["content"][0]["top_logprobs"];
         assert_eq!((&detailed["content"][0]["token"], &top[0]["bytes"]), (&json!("a"), &json!([97])));
@@ -193,7 +212,8 @@ mod tests {
 
     #[test]
     fn without_a_tokenizer_tokens_have_numbers() {
-        let listed = json!(LogProbForms::new(Form::Completion, None).next(&[sampled(7, -0.25, &[])]).unwrap());
+        let mut forms = LogProbForms { are_wanted: true, ..LogProbForms::new(Form::Completion, None, &request(1, "")) };
+        let listed = json!(forms.next(&[sampled(7, -0.25, &[])]).unwrap());
         let expected = json!({
             "tokens": ["token_id:7"], "token_logprobs": [-0.25], "top_logprobs": [{ "token_id:7": -0.25 }], "text_offset": [0],
         });

@@ -199,7 +199,7 @@ fn served(front: &Front) -> Model<'_> {
 /// A record that is in the log.
 fn show(front: &Front, record: &Record) -> Result<Response, Failure> {
     let task_id = &record.accepted.task_id;
-    let (receipt, answer) = match &record.outcome {
+    let (receipt, answer, sampled) = match &record.outcome {
         // Accepted, and not on the board: it is being taken up again after a restart.
         None => return Ok(Json(Task::new(task_id, "queued")).into_response()),
         Some(Outcome::Failed { error }) => {
@@ -207,10 +207,10 @@ fn show(front: &Front, record: &Record) -> Result<Response, Failure> {
             task.error = serde_json::from_slice(error).ok();
             return Ok(Json(task).into_response());
         }
-        Some(Outcome::Certified { receipt, answer }) => (receipt, answer),
+        Some(Outcome::Certified { receipt, answer, sampled }) => (receipt, answer, sampled),
     };
     let damaged = || Failure::from(TaskError::Internal("a record of the log cannot be read".to_owned()));
-    let completed = Completed::recall(&record.accepted, receipt, answer).ok_or_else(damaged)?;
+    let completed = Completed::recall(&record.accepted, receipt, answer, sampled).ok_or_else(damaged)?;
     let Completed { request, answer, receipt, .. } = completed;
     let epoch = &front.gateway.services.epoch;
     let mut task = Task::answered(task_id, &request.model, &answer, Proof::new(&receipt, epoch));

@@ -87,6 +87,9 @@ struct Answering {
     logprobs: LogProbForms,
     /// Tokens whose log-probabilities were not sent yet.
     unlisted: Vec<Sampled>,
+    /// Tokens of the prompt that are still to come with their log-probabilities.
+    prompt_left: usize,
+    /// The text of the prompt, until it is sent: where its tokens come, together with them.
     echo: String,
     is_first: bool,
 }
@@ -115,10 +118,11 @@ impl Stream {
             choices.push(Answering {
                 index,
                 generation: Generation::new(&request, model.manifest(), model.tokenizer()),
+                logprobs: LogProbForms::new(head.form, model.tokenizer(), &request),
+                prompt_left: request.scored_tokens(),
                 request,
                 released: String::new(),
                 tokens: 0,
-                logprobs: LogProbForms::new(head.form, model.tokenizer()),
                 unlisted: Vec::new(),
                 echo: echo.unwrap_or_default(),
                 is_first: true,
@@ -210,10 +214,10 @@ fn all_of(index: usize, reply: Awaited) -> impl futures::Stream<Item = (usize, R
 impl Answering {
     /// What comes before the answer: who speaks, or the prompt if that is wanted.
     fn beginning(&mut self, writer: &Writer) -> Vec<u8> {
-        let echo = std::mem::take(&mut self.echo);
-        if writer.head.form == Form::Completion && echo.is_empty() {
+        if self.prompt_left > 0 || (writer.head.form == Form::Completion && self.echo.is_empty()) {
             return Vec::new();
         }
+        let echo = std::mem::take(&mut self.echo);
         let words = writer.head.form.beginning(&echo);
         let prompt_token_ids = self.prompt_token_ids(writer.wishes);
         let frame = writer.choice(Choice { prompt_token_ids, ..Choice::new(self.index, words) }, None);
@@ -223,18 +227,24 @@ impl Answering {
 
     /// The chunk for further tokens; empty while all of their text is held back.
     fn piece(&mut self, writer: &Writer, sampled: Vec<Sampled>) -> Vec<u8> {
-        let tokens: Vec<u32> = sampled.iter().map(|sampled| sampled.token).collect();
+        let of_prompt = self.prompt_left.min(sampled.len());
+        self.prompt_left -= of_prompt;
+        let tokens: Vec<u32> = sampled.iter().skip(of_prompt).map(|sampled| sampled.token).collect();
         for token in &tokens {
             self.generation.push(*token);
         }
         self.tokens += tokens.len();
         self.unlisted.extend(sampled);
-        let text = self.generation.take_text();
-        let with_ids = writer.wishes.return_token_ids;
+        if self.prompt_left > 0 {
+            return Vec::new();
+        }
+        let fresh = self.generation.take_text();
+        self.released.push_str(&fresh);
+        let text = std::mem::take(&mut self.echo) + &fresh;
+        let with_ids = writer.wishes.return_token_ids && !tokens.is_empty();
         if text.is_empty() && !with_ids {
             return Vec::new();
         }
-        self.released.push_str(&text);
         let logprobs = self.listed();
         let choice = Choice {
             logprobs,
@@ -257,6 +267,7 @@ impl Answering {
             let message = "what was streamed is not what was certified; discard it";
             return Err(TaskError::Internal(message.to_owned()).into());
         };
+        let text = std::mem::take(&mut self.echo) + text;
         let proof = Proof::of(completed, &writer.epoch);
         let logprobs = self.listed();
         let choice = Choice {
@@ -264,7 +275,7 @@ impl Answering {
             finish_reason: Some(finish_reason(*finish)),
             token_ids: writer.wishes.return_token_ids.then_some(tokens),
             prompt_token_ids: self.prompt_token_ids(writer.wishes),
-            ..Choice::new(self.index, writer.head.form.piece(text))
+            ..Choice::new(self.index, writer.head.form.piece(&text))
         };
         Ok(writer.choice(choice, Some(&proof)))
     }

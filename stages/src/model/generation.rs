@@ -11,35 +11,13 @@
 //! It refuses to know slices, votes and streams.
 
 use butterfly_kernels::sample::{self, Sampling};
-use butterfly_kernels::{LogProbs, Numeric, log_probs};
+use butterfly_kernels::{Numeric, log_probs};
 use butterfly_verify::limits::ANSWER_TEXT_BYTES_MAX;
 use butterfly_verify::{Answer, Finish, Request};
 
 use super::manifest::Manifest;
+use super::sampled::Sampled;
 use super::tokenizer::Tokenizer;
-
-/// A token that was sampled.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Sampled {
-    /// Its id.
-    pub token: u32,
-    /// How likely it and others were before bias, penalties and temperature; only if the request asks for it.
-    pub logprobs: Option<Box<LogProbs>>,
-}
-
-impl Sampled {
-    /// What it pins in memory.
-    pub(crate) fn size_bytes(&self) -> usize {
-        let boxed = |logprobs: &LogProbs| size_of::<LogProbs>() + size_of_val(logprobs.top.as_slice());
-        size_of::<Self>() + self.logprobs.as_deref().map_or(0, boxed)
-    }
-}
-
-impl From<u32> for Sampled {
-    fn from(token: u32) -> Self {
-        Self { token, logprobs: None }
-    }
-}
 
 /// The generation of one answer. For a request with a vector there is nothing to generate.
 #[derive(Debug, Clone)]
@@ -119,6 +97,14 @@ impl Generation {
         let token = sample::sample(logits, &self.sampling, &self.tokens, &self.key, position)?;
         let logprobs = unaltered.map(|(logits, top)| log_probs(&logits, token, top)).transpose()?;
         Ok(Sampled { token, logprobs: logprobs.map(Box::new) })
+    }
+
+    /// Ends the answer before its first token, if none is wanted. Says whether it did.
+    pub fn end_empty(&mut self) -> bool {
+        if self.tokens_max == 0 {
+            self.end.get_or_insert(End::Finished(Finish::Length));
+        }
+        self.tokens_max == 0
     }
 
     /// Takes the next token; gives the reason if the answer ends with it. After the end nothing is taken.

@@ -14,14 +14,14 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use butterfly_kernels::{
-    CacheStorage, KvCache, Matrix, Pool, RopeTable, add_assign, attention, linear, rms_norm, rope, silu_mul,
+    CacheStorage, KvCache, Matrix, Pool, RopeTable, add_assign, attention, linear, log_probs, rms_norm, rope, silu_mul,
 };
 
 use super::ModelError;
 use super::config::LlamaConfig;
 use super::gguf::tensors::ROPE_FACTORS;
 use super::loading::Loading;
-use super::sequence::Span;
+use super::sequence::{Scoring, Span};
 use super::weights::{Weights, WeightsError};
 
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
@@ -30,6 +30,8 @@ pub(super) const HEAD: &str = "lm_head.weight";
 /// Within a layer.
 const QUERY_NORM: &str = "self_attn.q_norm.weight";
 const KEY_NORM: &str = "self_attn.k_norm.weight";
+/// Rows whose logits are in memory at a time, where those of a whole prompt are wanted.
+const SCORED_ROWS: usize = 8;
 
 /// A range of llama layers with what surrounds them.
 #[derive(Debug)]
@@ -275,11 +277,34 @@ impl LlamaSlice {
             let end = span.rows.end * hidden;
             last.extend_from_slice(residual.get(end - hidden..end).unwrap_or_default());
         }
-        let mut normed = vec![0.0; last.len()];
-        rms_norm(pool, &last, &exit.norm, self.config.norm_epsilon, &mut normed);
-        let mut logits = vec![0.0; spans.len() * self.config.vocabulary];
-        linear(pool, &exit.head, None, &normed, &mut logits);
-        logits.chunks_exact(self.config.vocabulary).map(<[f32]>::to_vec).collect()
+        exit.logits(pool, &self.config, &last).chunks_exact(self.config.vocabulary).map(<[f32]>::to_vec).collect()
+    }
+
+    /// Says how likely the tokens were that are known to follow, a few rows at a time, since logits are wide.
+    pub(super) fn score(&self, pool: &Pool, residual: &[f32], spans: &mut [Span<'_>]) {
+        let Some(exit) = &self.exit else { return };
+        let LlamaConfig { hidden, vocabulary, .. } = self.config;
+        for span in spans.iter_mut().filter(|span| span.finite == span.rows.len()) {
+            let Some(Scoring { next, top }) = span.scoring else { continue };
+            let rows = residual.get(span.rows.start * hidden..span.rows.end * hidden).unwrap_or_default();
+            for (rows, next) in rows.chunks(SCORED_ROWS * hidden).zip(next.chunks(SCORED_ROWS)) {
+                let rows = rows.get(..next.len() * hidden).unwrap_or(rows);
+                let logits = exit.logits(pool, &self.config, rows);
+                let each = logits.chunks_exact(vocabulary).zip(next);
+                span.scored.extend(each.map(|(logits, token)| log_probs(logits, *token, *top).ok()));
+            }
+        }
+    }
+}
+
+impl Exit {
+    /// f32 `[rows, vocabulary]` from the residual, f32 `[rows, hidden]`.
+    fn logits(&self, pool: &Pool, config: &LlamaConfig, residual: &[f32]) -> Vec<f32> {
+        let mut normed = vec![0.0; residual.len()];
+        rms_norm(pool, residual, &self.norm, config.norm_epsilon, &mut normed);
+        let mut logits = vec![0.0; residual.len() / config.hidden * config.vocabulary];
+        linear(pool, &self.head, None, &normed, &mut logits);
+        logits
     }
 }
 

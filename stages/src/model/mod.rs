@@ -22,6 +22,7 @@ mod loading;
 mod manifest;
 mod mlp;
 mod packed;
+mod sampled;
 mod sequence;
 mod slice;
 mod source;
@@ -47,10 +48,11 @@ use source::{Bytes, Format, Part, Source};
 use weights::Weights;
 
 pub use chat::{ChatError, ChatTemplate, MESSAGES_MAX, Message, Messages, Role};
-pub use generation::{Generation, Sampled};
+pub use generation::Generation;
 pub use manifest::{Architecture, LayerCost, Manifest};
 pub use packed::PackedWeights;
-pub use sequence::{Sequence, SequenceStep, StepFault, StepInput, StepOutput};
+pub use sampled::Sampled;
+pub use sequence::{Scoring, Sequence, SequenceStep, StepFault, StepInput, StepOutput};
 pub use slice::{ForwardError, SliceModel};
 pub use source::{
     CHAT_TEMPLATE_BYTES_MAX, CONFIG_BYTES_MAX, INDEX_BYTES_MAX, SourceError, TOKENIZER_BYTES_MAX,

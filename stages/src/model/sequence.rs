@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use butterfly_kernels::KvCache;
+use butterfly_kernels::{KvCache, LogProbs};
 use butterfly_verify::Interior;
 
 /// The state of one sequence in one slice: keys and values of its layers, and the running digest of what went on inside.
@@ -31,8 +31,22 @@ pub struct SequenceStep<'a> {
     pub sequence: &'a mut Sequence,
     /// What enters the slice.
     pub input: StepInput<'a>,
+    /// Which tokens the last slice of a model that generates is to say the likelihood of.
+    pub scoring: Option<Scoring>,
     /// What leaves it; written by the forward pass.
     pub output: StepOutput,
+    /// How likely each of the tokens in `scoring` was; `None` where the logits hold a NaN or an infinity. Empty from other
+    /// slices, and where a position has one.
+    pub scored: Vec<Option<LogProbs>>,
+}
+
+/// Tokens that are known to follow a step's positions.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Scoring {
+    /// The token after each of the step's first positions.
+    pub next: Vec<u32>,
+    /// How many of the likeliest tokens to name beside each.
+    pub top: usize,
 }
 
 /// What enters a slice.
@@ -146,7 +160,14 @@ impl<'a> SequenceStep<'a> {
     /// A step not yet taken.
     #[must_use]
     pub fn new(sequence: &'a mut Sequence, input: StepInput<'a>) -> Self {
-        Self { sequence, input, output: StepOutput::Pending }
+        Self { sequence, input, scoring: None, output: StepOutput::Pending, scored: Vec::new() }
+    }
+
+    /// The same, told which tokens follow.
+    #[must_use]
+    pub fn scoring(mut self, scoring: Option<Scoring>) -> Self {
+        self.scoring = scoring;
+        self
     }
 }
 
@@ -161,6 +182,9 @@ pub(super) struct Span<'a> {
     /// Leading rows without a NaN or an infinity so far. No row depends on a later one, so these are right whatever the
     /// others hold.
     pub(super) finite: usize,
+    pub(super) scoring: Option<&'a Scoring>,
+    /// What came of `scoring`.
+    pub(super) scored: Vec<Option<LogProbs>>,
 }
 
 impl Span<'_> {

@@ -187,17 +187,19 @@ impl SliceModel {
         let mut rows = 0;
         for (step, count) in steps.iter_mut().zip(counts) {
             if step.sequence.numeric {
-                step.output = StepOutput::Numeric { rows: Vec::new() };
+                (step.output, step.scored) = (StepOutput::Numeric { rows: Vec::new() }, Vec::new());
                 continue;
             }
             self.enter(step.input, count, &mut batch);
-            ends.push((step.input, step.sequence.interior.clone(), &mut step.output));
-            let position = step.sequence.position;
-            spans.push(Span { sequence: step.sequence, position, rows: rows..rows + count, finite: count });
+            ends.push((step.input, step.sequence.interior.clone(), &mut step.output, &mut step.scored));
+            let (position, scoring) = (step.sequence.position, step.scoring.as_ref());
+            let (range, scored) = (rows..rows + count, Vec::new());
+            spans.push(Span { sequence: step.sequence, position, rows: range, finite: count, scoring, scored });
             rows += count;
         }
         let outputs = self.pass(pool, batch, &mut spans);
-        for ((span, output), (input, interior, end)) in spans.into_iter().zip(outputs).zip(ends) {
+        for ((span, output), (input, interior, end, scored)) in spans.into_iter().zip(outputs).zip(ends) {
+            *scored = span.scored;
             if span.finite == span.rows.len() {
                 span.sequence.position += span.finite;
                 *end = output;
@@ -222,7 +224,8 @@ impl SliceModel {
         let mut batch = Vec::new();
         self.enter(input, count, &mut batch);
         let position = sequence.position;
-        let mut spans = [Span { sequence, position, rows: 0..count, finite: count }];
+        let (rows, scored) = (0..count, Vec::new());
+        let mut spans = [Span { sequence, position, rows, finite: count, scoring: None, scored }];
         let output = self.pass(pool, batch, &mut spans).pop();
         let [span] = spans;
         span.sequence.position += count;
@@ -265,6 +268,7 @@ impl SliceModel {
         };
         match &self.layers {
             Layers::Llama(slice) if slice.is_last() => {
+                slice.score(pool, &batch, spans);
                 slice.logits(pool, &batch, spans).into_iter().map(StepOutput::Logits).collect()
             }
             Layers::Bert(slice) if slice.is_last() => {

@@ -27,7 +27,8 @@ pub enum Finish {
 pub enum Answer {
     /// Generated text.
     Text {
-        /// Every token sampled, in order, **the one that ended the answer included**: all but the last were fed back.
+        /// Every token sampled, in order, **the one that ended the answer included**: all but the last were fed back. Empty
+        /// only where none was asked for.
         tokens: Vec<u32>,
         /// The bytes shown to the client: without end-of-sequence, cut before a stop string.
         #[serde(with = "text::text_or_hex")]
@@ -68,7 +69,7 @@ pub enum Misfit {
     /// Another number of prompt tokens than the request's.
     #[error("the answer counts another number of prompt tokens than the request")]
     PromptTokens,
-    /// No tokens, or more than the request allows.
+    /// Too few tokens, or more than the request allows.
     #[error("the answer's number of tokens is none the request allows")]
     Tokens,
 }
@@ -140,11 +141,12 @@ impl Answer {
                 Self::Numeric { .. } | Self::Text { .. } => Err(Misfit::Kind),
             };
         };
-        let is_embedding = request.params.max_tokens == 0;
+        let is_embedding = !request.generates();
+        let least = usize::from(request.params.max_tokens > 0);
         let (tokens, prompt_tokens, choice, least, spare) = match self {
             Self::Vector { .. } if is_embedding => return Ok(()),
             Self::Text { .. } if is_embedding => return Err(Misfit::Kind),
-            Self::Text { tokens, prompt_tokens, choice, .. } => (tokens, prompt_tokens, choice, 1, 0),
+            Self::Text { tokens, prompt_tokens, choice, .. } => (tokens, prompt_tokens, choice, least, 0),
             // Each token was sampled and fed back, and did not end the answer: one more was wanted.
             Self::Numeric { tokens, prompt_tokens, choice } => (tokens, prompt_tokens, choice, 0, 1),
             Self::Vector { .. } => return Err(Misfit::Kind),

@@ -84,8 +84,8 @@ impl Input {
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Params {
-    /// Tokens to generate at most. With 0 nothing is generated, and the answer is a vector: what a dense network gives, or
-    /// the embedding of a text.
+    /// Tokens to generate at most. With 0 nothing is generated, and the answer is a vector (what a dense network gives, or
+    /// the embedding of a text), or with `prompt_logprobs` an empty text.
     pub max_tokens: u32,
     /// 0 is greedy.
     #[serde(with = "text::float")]
@@ -116,6 +116,9 @@ pub struct Params {
     /// Whether log-probabilities are to come beside the tokens, and of how many of the likeliest; at most
     /// [`LOGPROBS_MAX`]. Votes do not cover them.
     pub logprobs: Option<u8>,
+    /// Whether those of the prompt's tokens are to come before them. Then `max_tokens` may be 0 for a text all the same.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub prompt_logprobs: bool,
 }
 
 impl Default for Params {
@@ -134,6 +137,7 @@ impl Default for Params {
             ignore_eos: false,
             choice: 0,
             logprobs: None,
+            prompt_logprobs: false,
         }
     }
 }
@@ -197,6 +201,9 @@ pub enum RequestError {
     ExpiresBeforeNow,
 }
 
+/// Set in the byte that says of how many tokens log-probabilities are wanted, if they are wanted of the prompt too.
+const OF_THE_PROMPT: u8 = 0x80;
+
 /// A valid request. Cheap to clone; reads like its [`RequestParts`].
 #[derive(Clone)]
 pub struct Request(Arc<Inner>);
@@ -228,6 +235,16 @@ impl Request {
     /// The fields.
     pub fn parts(&self) -> &RequestParts {
         &self.0.parts
+    }
+
+    /// Whether the answer is text, be it an empty one.
+    pub fn generates(&self) -> bool {
+        self.input.tokens().is_some() && (self.params.max_tokens > 0 || self.params.prompt_logprobs)
+    }
+
+    /// Tokens of the prompt that come with their log-probabilities before the generated ones: all of them, or none.
+    pub fn scored_tokens(&self) -> usize {
+        self.input.tokens().filter(|_| self.params.prompt_logprobs).map_or(0, <[u32]>::len)
     }
 
     /// Canonical bytes.
@@ -331,6 +348,7 @@ fn check_params(params: &Params) -> Result<(), RequestError> {
         return Err(RequestError::BiasOrder);
     }
     at_most("params.logprobs", params.logprobs.unwrap_or(0).into(), LOGPROBS_MAX.into())?;
+    in_range("params.prompt_logprobs", params.logprobs.is_some() || !params.prompt_logprobs)?;
     at_most("params.stop", params.stop.len(), STOPS_MAX)?;
     params.stop.iter().try_for_each(|stop| some_at_most("params.stop", stop.len(), STOP_BYTES_MAX))
 }
@@ -403,7 +421,7 @@ fn write(parts: &RequestParts) -> Vec<u8> {
     }
     writer.flag(params.ignore_eos);
     writer.u32(params.choice);
-    writer.u8(params.logprobs.map_or(0, |top| top + 1));
+    writer.u8(params.logprobs.map_or(0, |top| (top + 1) | if params.prompt_logprobs { OF_THE_PROMPT } else { 0 }));
     writer.u64(parts.now_ms);
     writer.u64(parts.expires_ms);
     writer.finish()
@@ -456,7 +474,7 @@ fn read_input(reader: &mut Reader<'_>) -> Result<Input, DecodeError> {
 }
 
 fn read_params(reader: &mut Reader<'_>) -> Result<Params, DecodeError> {
-    Ok(Params {
+    let mut params = Params {
         max_tokens: reader.u32("params.max_tokens")?,
         temperature: reader.f32("params.temperature")?,
         top_k: reader.u32("params.top_k")?,
@@ -468,11 +486,17 @@ fn read_params(reader: &mut Reader<'_>) -> Result<Params, DecodeError> {
         stop: read_stops(reader)?,
         ignore_eos: reader.flag("params.ignore_eos")?,
         choice: reader.u32("params.choice")?,
-        logprobs: reader.choice("params.logprobs", |byte| match byte.checked_sub(1) {
-            None => Some(None),
-            Some(top) => (top <= LOGPROBS_MAX).then_some(Some(top)),
-        })?,
-    })
+        logprobs: None,
+        prompt_logprobs: false,
+    };
+    (params.logprobs, params.prompt_logprobs) = reader.choice("params.logprobs", |byte| match byte {
+        0 => Some((None, false)),
+        byte => {
+            let top = (byte & !OF_THE_PROMPT).checked_sub(1).filter(|top| *top <= LOGPROBS_MAX)?;
+            Some((Some(top), byte & OF_THE_PROMPT != 0))
+        }
+    })?;
+    Ok(params)
 }
 
 fn read_bias(reader: &mut Reader<'_>) -> Result<Vec<(u32, f32)>, DecodeError> {

@@ -38,6 +38,7 @@ prop_compose! {
         ignore_eos in any::<bool>(),
         choice in any::<u32>(),
         logprobs in proptest::option::of(0..=20_u8),
+        prompt_logprobs in any::<bool>(),
     ) -> Params {
         Params {
             max_tokens,
@@ -52,6 +53,7 @@ prop_compose! {
             ignore_eos,
             choice,
             logprobs,
+            prompt_logprobs: prompt_logprobs && logprobs.is_some(),
         }
     }
 }
@@ -204,7 +206,7 @@ fn rules_of_a_request_hold_in_every_form() {
         now_ms: 5,
         expires_ms: 10,
     };
-    let refused: [fn(&mut RequestParts); 13] = [
+    let refused: [fn(&mut RequestParts); 14] = [
         |parts| parts.client = "x".repeat(257),
         |parts| parts.input = Input::Tokens { tokens: vec![] },
         |parts| parts.input = Input::Vector { values: vec![] },
@@ -216,6 +218,7 @@ fn rules_of_a_request_hold_in_every_form() {
         |parts| parts.params.logit_bias = vec![(2, 0.0), (1, 0.0)],
         |parts| parts.params.logit_bias = vec![(1, 0.0), (1, 0.0)],
         |parts| parts.params.stop = vec![String::new()],
+        |parts| parts.params.prompt_logprobs = true,
         |parts| parts.expires_ms = 4,
         |parts| parts.expires_ms = 5 + 600_001,
     ];
@@ -232,6 +235,9 @@ fn rules_of_a_request_hold_in_every_form() {
     let numeric = |tokens: Vec<u32>, prompt_tokens| Answer::Numeric { tokens, prompt_tokens, choice: 0 };
     let text = Answer::Text { tokens: vec![], text: vec![], finish: Finish::Length, prompt_tokens: 1, choice: 0 };
     let generating = Request::new(base()).unwrap();
+    let scoring = Params { max_tokens: 0, logprobs: Some(0), prompt_logprobs: true, ..Params::default() };
+    let scoring = Request::new(RequestParts { params: scoring, ..base() }).unwrap();
+    let one = Answer::Text { tokens: vec![4], text: vec![], finish: Finish::Length, prompt_tokens: 1, choice: 0 };
     for (request, answer, fits) in [
         (&embedding, &vector, true),
         (&embedding, &numeric(vec![], 1), true),
@@ -240,12 +246,16 @@ fn rules_of_a_request_hold_in_every_form() {
         (&embedding, &text, false),
         (&generating, &vector, false),
         (&generating, &text, false),
+        (&scoring, &text, true),
+        (&scoring, &one, false),
+        (&scoring, &vector, false),
     ] {
         assert_eq!(answer.fits(request).is_ok(), fits, "{answer:?}");
     }
     let mut prompt = BoundaryRoot::new();
     prompt.push_token(1);
     assert_eq!(boundary0(&embedding, &vector).unwrap(), (1, prompt.root()));
+    assert_eq!(boundary0(&scoring, &text).unwrap(), (1, prompt.root()));
     let vector = RequestParts {
         input: Input::Vector { values: vec![-0.0] },
         params: Params { max_tokens: 0, ..Params::default() },

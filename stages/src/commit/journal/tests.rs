@@ -28,7 +28,11 @@ fn accepted(number: u64) -> Accepted {
 }
 
 fn certified(number: u64) -> Settled {
-    let outcome = Outcome::Certified { receipt: format!("{{\"n\":{number}}}").into_bytes(), answer: vec![7; 20] };
+    let outcome = Outcome::Certified {
+        receipt: format!("{{\"n\":{number}}}").into_bytes(),
+        answer: vec![7; 20],
+        sampled: Vec::new(),
+    };
     Settled { rd: rd(number), outcome }
 }
 

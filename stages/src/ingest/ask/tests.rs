@@ -4,7 +4,7 @@ use super::super::fixture::epoch;
 use super::*;
 use crate::model::Model;
 
-const RULES: Rules = Rules { mode: Mode::Full, temperature: 1.0, tokens_default: COMPLETION_TOKENS };
+const RULES: Rules = Rules { mode: Mode::Full, temperature: 1.0, tokens_default: COMPLETION_TOKENS, tokens_min: 1 };
 
 fn ask(body: &str) -> Result<Ask, Failure> {
     let mut fields = Fields::parse(body.as_bytes()).unwrap();
@@ -53,6 +53,7 @@ fn every_parameter_arrives() {
         ignore_eos: true,
         choice: 0,
         logprobs: None,
+        prompt_logprobs: false,
     };
     assert_eq!((&request.params, request.expires_ms), (&expected, 6_000));
 }

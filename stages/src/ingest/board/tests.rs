@@ -91,7 +91,7 @@ async fn of_two_ends_the_one_in_the_journal_is_told() {
     let rd = request.digest();
     let mut waiting = fixture.open("task", &request).unwrap();
     fixture.accept(&request).await;
-    let outcome = Outcome::Certified { receipt: b"{}".to_vec(), answer: Vec::new() };
+    let outcome = Outcome::Certified { receipt: b"{}".to_vec(), answer: Vec::new(), sampled: Vec::new() };
     fixture.journal.settle(vec![Settled { rd, outcome }]).await.unwrap();
     fixture.board.fail(&rd, TaskError::Numeric).await;
     assert!(waiting.next().now_or_never().is_none(), "the failure came second");
@@ -169,6 +169,29 @@ fn tokens_count_for_latency_once_each() {
     let between = metrics.inter_token_latency_seconds.of(&label).quantiles();
     assert_eq!(between.count, 3);
     assert!((between.max - 0.020).abs() < 0.001, "{between:?}");
+}
+
+/// Tokens of a prompt are told before the answer; they are not the first of it, and a client that joins later hears them too.
+#[test]
+fn tokens_of_a_prompt_are_told_and_not_counted_as_generated() {
+    let fixture = fixture();
+    let mut parts = request(1, "").parts().clone();
+    (parts.params.logprobs, parts.params.prompt_logprobs) = (Some(0), true);
+    let request = Request::new(parts).unwrap();
+    let rd = request.digest();
+    let _waiting = fixture.open("task", &request).unwrap();
+    let label = ModelLabel { model: "tiny".to_owned() };
+    let first = || fixture.telemetry.metrics().time_to_first_token_seconds.of(&label).quantiles().count;
+    let tokens = || fixture.board.status("", "task").unwrap().tokens;
+    fixture.board.progress(&rd, 0, &[1.into(), 2.into()]);
+    assert_eq!((first(), tokens()), (0, 0));
+    fixture.board.progress(&rd, 1, &[2.into(), 5.into()]);
+    assert_eq!((first(), tokens()), (1, 1));
+    let told = [1.into(), 2.into(), 5.into()];
+    assert_eq!(fixture.board.sampled(&rd), told);
+    let (sink, mut late) = reply(10);
+    assert!(fixture.board.join(&rd, sink).unwrap());
+    assert!(matches!(late.next().now_or_never(), Some(Reply::Tokens(tokens)) if tokens == told));
 }
 
 #[test]

@@ -100,7 +100,7 @@ impl Streamed {
             slices: Vec::new(),
         };
         let task_id = self.stream.writer.head.id.clone();
-        let completed = Completed { task_id, request, answer, receipt, cached: false };
+        let completed = Completed { task_id, request, answer, receipt, sampled: Vec::new(), cached: false };
         self.senders[choice].take().unwrap().end(Ok(Arc::new(completed)));
     }
 

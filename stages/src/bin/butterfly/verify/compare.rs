@@ -39,6 +39,9 @@ impl Comparison {
                 "presence_penalty" => Some(same_float(sent, params.presence_penalty)),
                 "frequency_penalty" => Some(same_float(sent, params.frequency_penalty)),
                 "logprobs" | "top_logprobs" => Some(same_logprobs(fields, params.logprobs)),
+                "echo" if params.prompt_logprobs => {
+                    Some((sent.as_bool() == Some(true), "the prompt's tokens".to_owned()))
+                }
                 "n" => Some((sent.as_u64() > Some(params.choice.into()), format!("choice {}", params.choice))),
                 "ignore_eos" => Some((sent.as_bool() == Some(params.ignore_eos), params.ignore_eos.to_string())),
                 "logit_bias" => Some((same_bias(sent, &params.logit_bias), format!("{:?}", params.logit_bias))),
@@ -143,7 +146,15 @@ impl Comparison {
                 }
                 ("text", Answer::Text { text, .. }) => {
                     let text = String::from_utf8_lossy(text);
-                    Some((received.as_str() == Some(&*text), quoted(&text)))
+                    let prompt = match request.map(|request| &request.input) {
+                        Some(Input::Text { prompt, .. }) => prompt,
+                        _ => "",
+                    };
+                    // A prompt that is echoed comes before the answer.
+                    let same = received.as_str().is_some_and(|received| {
+                        received == text || received.strip_prefix(prompt).is_some_and(|received| received == text)
+                    });
+                    Some((same, quoted(&text)))
                 }
                 ("finish_reason", Answer::Text { finish, .. }) => {
                     let finish = finish_reason(*finish);
