@@ -4,6 +4,7 @@
 //! of slowing the load down. Figures are of this machine and this moment; compare two runs made in turn, not two documents.
 
 mod arrivals;
+mod bits;
 mod bottleneck;
 mod client;
 mod compare;
@@ -83,6 +84,8 @@ enum Command {
     Kernels(kernels::KernelsArgs),
     /// This program and llama.cpp in turn on one GGUF file: ratios, or both perplexities.
     Peer(peer::PeerArgs),
+    /// Whether a model computes the same bits whatever the instructions, the batch, the chunks and the threads.
+    Bits(bits::BitsArgs),
     /// Writes a model of random numbers, or a folder's model as GGUF.
     Synth(synth::SynthArgs),
 }
@@ -152,6 +155,12 @@ fn run(cli: &Cli) -> anyhow::Result<Ended> {
             Command::Compare(args) => compare(args, cli.json),
             Command::Kernels(args) => well(print(cli.json, &kernels::run(args)?)),
             Command::Peer(args) => well(print(cli.json, &peer::run(args)?)),
+            Command::Bits(args) => {
+                let bits = bits::run(args)?;
+                print(cli.json, &bits)?;
+                anyhow::ensure!(bits.holds(), "bits differ");
+                Ok(Ended::Well)
+            }
             Command::Synth(args) => well(synth::run(args)),
         }
     })
