@@ -44,7 +44,7 @@ pub(crate) fn find(nodes: &[Node]) -> Option<Bottleneck> {
     }
     let stages = nodes.iter().flat_map(|node| node.stages.iter().map(move |stage| (node, stage)));
     let (node, stage) = stages
-        .filter(|(node, stage)| stage.working() > 0.0 && node.edges.iter().any(|edge| edge.end_stage() == stage.name))
+        .filter(|(node, stage)| stage.working() > 0.0 && node.accounts_for(stage))
         .max_by(|(_, one), (_, other)| one.working().total_cmp(&other.working()))?;
     let is_limit = stage.working() >= SATURATED_MIN;
     let says = if is_limit { "is the bottleneck: it has no time left" } else { "is the busiest, and holds nobody up" };
@@ -65,7 +65,8 @@ fn below_blocked(node: &Node) -> Option<(&Stage, &Stage)> {
 }
 
 pub(crate) fn percent(share: f64) -> String {
-    format!("{:.0} %", share * 100.0)
+    let percent = share * 100.0;
+    if percent < 9.95 { format!("{percent:.1} %") } else { format!("{percent:.0} %") }
 }
 
 #[cfg(test)]

@@ -13,7 +13,7 @@ use serde::Serialize;
 
 use crate::report::{Report, SCHEMA};
 
-/// What is too much: `ttft.p99>+5%`, `done_rate<-3%`, `errors>+0`, `e2e.p99>=200`.
+/// What is too much: `ttft.p99>+5%`, `done_rate<-3%`, `errors>+0`, `e2e.p99>200`.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Threshold {
     text: String,
@@ -142,17 +142,25 @@ pub(crate) fn compare(before: &Report, after: &Report, thresholds: &[Threshold])
     Ok(Comparison { warnings: warnings(before, after), pairs, breaches })
 }
 
+fn rate(rate: Option<f64>) -> String {
+    rate.map_or_else(|| "none".into(), |rate| format!("{rate:.1}/s"))
+}
+
+fn objectives(slo: Option<&String>) -> String {
+    slo.cloned().unwrap_or_else(|| "none".into())
+}
+
 fn warnings(before: &Report, after: &Report) -> Vec<String> {
     let (one, other) = (&before.run, &after.run);
     let pairs = [
         ("workload", one.workload.clone(), other.workload.clone()),
         ("model", one.model.clone(), other.model.clone()),
         ("arrivals", one.arrivals.clone(), other.arrivals.clone()),
-        ("target rate", format!("{:?}", before.target_rate), format!("{:?}", after.target_rate)),
+        ("target rate", rate(before.target_rate), rate(after.target_rate)),
         ("connections", one.connections.to_string(), other.connections.to_string()),
         ("prompt tokens", one.prompt_tokens.clone(), other.prompt_tokens.clone()),
         ("output tokens", one.output_tokens.clone(), other.output_tokens.clone()),
-        ("objectives", format!("{:?}", one.slo), format!("{:?}", other.slo)),
+        ("objectives", objectives(one.slo.as_ref()), objectives(other.slo.as_ref())),
     ];
     let differ = pairs.into_iter().filter(|(_, one, other)| one != other);
     let mut warnings: Vec<String> =
@@ -167,7 +175,7 @@ impl Display for Comparison {
         for warning in &self.warnings {
             writeln!(f, "warning: {warning}")?;
         }
-        writeln!(f, "{:<30}{:>14}{:>14}{:>10}", "", "before", "after", "change")?;
+        writeln!(f, "{:<30}{:>14}{:>14}{:>10}", "rates /s, times ms", "before", "after", "change")?;
         for pair in self.pairs.iter().filter(|pair| pair.before.is_some() || pair.after.is_some()) {
             let cell = |value: Option<f64>| value.map_or_else(|| "-".into(), |value| format!("{value:.3}"));
             let change = pair.percent.map_or_else(|| "-".into(), |percent| format!("{percent:+.1} %"));

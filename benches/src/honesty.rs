@@ -122,7 +122,10 @@ async fn stopped() -> anyhow::Result<Vec<Check>> {
         Check {
             name: "every request is answered in the end",
             expected: report.sent.to_string(),
-            found: report.ok.to_string(),
+            found: match &report.first_error {
+                Some(error) => format!("{}; first failure: {error}", report.ok),
+                None => report.ok.to_string(),
+            },
             holds: report.ok == report.sent,
         },
         at_least(

@@ -32,7 +32,7 @@ pub(crate) fn run(report: &Report) -> String {
 /// The page of a sweep.
 pub(crate) fn sweep(sweep: &Sweep) -> String {
     let Some(first) = sweep.steps.first() else { return page("sweep", "nothing was run", "") };
-    let mut body = format!("<p class=\"lead\">{}</p>", escape(&sweep.verdict()));
+    let mut body = format!("<p class=\"lead\">{}</p>", code(&sweep.verdict()));
     let points = |of: &dyn Fn(&Report) -> Option<f64>| -> Vec<(f64, f64)> {
         let mut points: Vec<(f64, f64)> =
             sweep.steps.iter().filter_map(|step| Some((step.report.target_rate?, of(&step.report)?))).collect();
@@ -164,8 +164,11 @@ fn percentiles(report: &Report) -> String {
     let lines = names.iter().filter_map(|(name, title)| {
         let (_, histogram) =
             report.raw.histograms.iter().find(|(of, histogram)| of == name && !histogram.is_empty())?;
-        let points =
-            histogram.iter_quantiles(8).map(|step| (step.quantile(), step.value_iterated_to() as f64 / 1000.0));
+        // So many values say nothing about quantiles beyond this one; the largest is shown there.
+        let last = 1.0 - 0.5 / histogram.len() as f64;
+        let points = histogram
+            .iter_quantiles(8)
+            .map(|step| (step.quantile().min(last), step.value_iterated_to() as f64 / 1000.0));
         Some(Line::new(*title, points.collect()))
     });
     let axis = Axis { label: "percentile", scale: Scale::Nines };
@@ -185,16 +188,20 @@ fn over_time(report: &Report) -> String {
 }
 
 fn throughput(report: &Report) -> String {
-    let points = |of: fn(&crate::report::Second) -> u64| -> Vec<(f64, f64)> {
-        report.seconds.iter().map(|second| (second.second as f64, of(second) as f64)).collect()
+    let points = |of: fn(&crate::report::Second) -> u64, until: usize| -> Vec<(f64, f64)> {
+        report.seconds.iter().take(until).map(|second| (second.second as f64, of(second) as f64)).collect()
     };
+    // Answers may come when nothing is due any more.
+    let due = report.seconds.iter().rposition(|second| second.scheduled > 0).map_or(0, |last| last + 1);
     let mut lines = vec![
-        Line::new("done", points(|second| second.done)),
-        Line::new("scheduled", points(|second| second.scheduled)),
-        Line::new("failed", points(|second| second.failed)),
+        Line::new("done", points(|second| second.done, usize::MAX)),
+        Line::new("scheduled", points(|second| second.scheduled, due)),
     ];
+    if report.failed() > 0 {
+        lines.push(Line::new("failed", points(|second| second.failed, due)));
+    }
     if let Some(rate) = report.target_rate {
-        let last = report.seconds.last().map_or(0, |second| second.second) as f64;
+        let last = report.seconds.get(due.saturating_sub(1)).map_or(0, |second| second.second) as f64;
         lines.push(Line::new("target", vec![(0.0, rate), (last, rate)]).dashed());
     }
     plot::lines("Throughput over time", SECONDS, PER_SECOND, &lines)
@@ -202,7 +209,7 @@ fn throughput(report: &Report) -> String {
 
 fn states(report: &Report) -> String {
     let bars = report.nodes.iter().flat_map(|node| {
-        node.stages.iter().filter(|stage| stage.shares() != [0.0; 4]).map(|stage| {
+        node.stages.iter().filter(|stage| node.accounts_for(stage) && stage.shares() != [0.0; 4]).map(|stage| {
             let [busy, starved, blocked, verifying] = stage.shares();
             Bar {
                 label: format!("{} {}", node.name, stage.name),
@@ -213,7 +220,7 @@ fn states(report: &Report) -> String {
         })
     });
     plot::bars(
-        "What stages do with their time (the one that takes requests in counts waiting for clients as busy)",
+        "What stages do with their time",
         &["busy", "verifying", "blocked", "starved"],
         &bars.collect::<Vec<_>>(),
     )
@@ -231,7 +238,7 @@ fn fills(report: &Report) -> String {
     let bars = edges.iter().take(EDGES_SHOWN_MAX).map(|(node, edge)| Bar {
         label: format!("{} {} → {}", node.name, edge.start_stage(), edge.end_stage()),
         parts: vec![edge.fill_mean],
-        mark: Some(edge.fill_max),
+        mark: (edge.fill_max > 0.0).then_some(edge.fill_max),
         note: format!("of {}", edge.capacity_items),
     });
     plot::bars("How full edges are: the mean, and the most as a mark", &["mean fill"], &bars.collect::<Vec<_>>())

@@ -289,6 +289,18 @@ impl Stage {
     }
 }
 
+impl Node {
+    /// Whether a stage's account says what it does: one that no edge of the graph leads to does not show when it waits.
+    pub(crate) fn accounts_for(&self, stage: &Stage) -> bool {
+        self.edges.iter().any(|edge| edge.end_stage() == stage.name)
+    }
+
+    /// Whether it is known from metrics only, which have no distributions.
+    pub(crate) fn is_from_afar(&self) -> bool {
+        self.edges.iter().all(|edge| edge.items.is_none())
+    }
+}
+
 impl Edge {
     /// The stage at its start.
     pub(crate) fn start_stage(&self) -> &str {

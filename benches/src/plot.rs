@@ -297,17 +297,18 @@ fn close(svg: String) -> String {
     svg + "</svg></figure>"
 }
 
+/// One line of text, so that names take the room that they need in whatever font there is.
 fn legend<'a>(svg: &mut String, names: impl Iterator<Item = &'a str>, class: char) {
-    let mut left = LEFT;
+    let _ = write!(svg, "<text x=\"{LEFT}\" y=\"15\">");
     for (index, name) in names.enumerate() {
+        let gap = if index == 0 { 0 } else { 16 };
         let _ = write!(
             svg,
-            "<rect class=\"l{class}{index}\" x=\"{left:.1}\" y=\"9\" width=\"12\" height=\"12\" rx=\"2\"/><text x=\"{:.1}\" y=\"15\">{}</text>",
-            left + 17.0,
-            escape(name),
+            "<tspan class=\"l{class}{index}\" dx=\"{gap}\" font-size=\"15\">■</tspan><tspan dx=\"5\">{}</tspan>",
+            escape(name)
         );
-        left += 17.0 + 6.2 * name.chars().count() as f64 + 18.0;
     }
+    svg.push_str("</text>");
 }
 
 #[cfg(test)]

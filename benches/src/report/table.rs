@@ -65,6 +65,11 @@ impl Display for Report {
         }
         if self.shows_stages {
             self.nodes.iter().try_for_each(|node| fmt_node(f, node))?;
+            if !self.nodes.is_empty() && self.nodes.iter().all(Node::is_from_afar) {
+                let note = "\nmetrics of a gateway tell of itself alone, and no distributions: for those, and for all nodes, \
+                            leave out --url, which makes a cluster in this process";
+                writeln!(f, "{note}")?;
+            }
         }
         Ok(())
     }
@@ -87,8 +92,8 @@ fn fmt_node(f: &mut Formatter<'_>, node: &Node) -> fmt::Result {
     let states = heads(&["items", "busy %", "starved %", "blocked %", "verif. %"]);
     writeln!(f, "\n{:<46}{states}  service ms{}", format!("{}: stages", node.name), heads(&quantiles))?;
     for stage in &node.stages {
-        let [busy, starved, blocked, verifying] = stage.shares().map(|share| share * 100.0);
-        let shares = cells(&[busy, starved, blocked, verifying]);
+        let shares =
+            if node.accounts_for(stage) { cells(&stage.shares().map(|share| share * 100.0)) } else { heads(&["-"; 4]) };
         writeln!(f, "{:<46}{:>10}{shares}  {:>10}{}", stage.name, stage.items, "", four(stage.service_ms))?;
     }
     let counts = heads(&["items", "KiB", "room", "fill %", "most %"]);
