@@ -286,6 +286,19 @@ impl<T: Item> Receiver<T> {
         queued.into_iter().map(|queued| take(queued, now)).collect()
     }
 
+    /// Adds to a batch, up to `max` in all, what is there once everything else that can run now has run. Whoever was about to
+    /// send has done so then, so what a batch costs once is shared by more, and nobody waits for time to pass.
+    ///
+    /// Not safe to cancel in itself: the batch is the caller's.
+    pub async fn gather(&mut self, batch: &mut Vec<T>, max: usize) {
+        tokio::task::yield_now().await;
+        while batch.len() < max
+            && let Some(item) = self.try_recv()
+        {
+            batch.push(item);
+        }
+    }
+
     /// The next item, if one is there.
     pub fn try_recv(&mut self) -> Option<T> {
         let queued = self.queue.try_recv().ok()?;

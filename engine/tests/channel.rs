@@ -66,6 +66,25 @@ fn an_edge_admits_its_items_or_its_bytes_whichever_is_fewer() {
     }
 }
 
+/// On one thread nobody else runs between a receive and a look at the queue, so what is there has to be given its turn.
+#[tokio::test]
+async fn a_batch_gathers_what_those_who_can_run_were_about_to_send() {
+    let (sender, mut receiver) = detached_channel::<Parcel>(16, 1000);
+    sender.try_send(parcel(0, 1)).unwrap();
+    for id in 1..=5 {
+        let sender = sender.clone();
+        tokio::spawn(async move { sender.send(parcel(id, 1)).await.unwrap() });
+    }
+    let mut batch = receiver.recv_many(16).await;
+    assert_eq!(batch, [parcel(0, 1)], "nobody else has run yet");
+    receiver.gather(&mut batch, 4).await;
+    assert_eq!(batch.iter().map(|parcel| parcel.id).collect::<Vec<_>>(), [0, 1, 2, 3]);
+    receiver.gather(&mut batch, 16).await;
+    assert_eq!(batch.len(), 6);
+    receiver.gather(&mut batch, 16).await;
+    assert_eq!(batch.len(), 6, "and waits for nobody");
+}
+
 #[test]
 fn edges_into_one_port_share_the_queue_and_not_the_budget() {
     let (senders, mut receiver) =

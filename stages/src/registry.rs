@@ -3,7 +3,6 @@
 //! The list is closed and explicit. A program that adds its own kind calls [`registry`] and then
 //! `Registry::with`; one test proves that catalogue and registry name the same kinds.
 
-use std::collections::VecDeque;
 use std::sync::Arc;
 
 use butterfly_engine::registry::{Build, BuildError, Registry};
@@ -269,13 +268,12 @@ pub fn registry(services: &Services, question: &Arc<Question>, planner: &Arc<Pla
         .with(
             TRANSFER,
             stage(services, |build, services| {
-                Ok(TransferStage {
-                    assigned: build.ports.input("assigned")?,
-                    boundary: build.ports.input("boundary")?,
-                    steps: build.ports.output("steps")?,
+                Ok(TransferStage::new(
+                    build.ports.input("assigned")?,
+                    build.ports.input("boundary")?,
+                    build.ports.output("steps")?,
                     services,
-                    retries: VecDeque::new(),
-                })
+                ))
             }),
         )
         .with(

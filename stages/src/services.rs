@@ -12,18 +12,22 @@ use butterfly_engine::clock::Clock;
 use butterfly_engine::shutdown::Shutdown;
 use butterfly_engine::stage::Readiness;
 use butterfly_engine::telemetry::Telemetry;
-use butterfly_engine::transport::PeerState;
+use butterfly_engine::transport::{DownReason, PeerState};
 use butterfly_topology::plan::Plan;
 use butterfly_topology::{NodeId, Topology};
 use butterfly_verify::{Epoch, NodeIndex, Signer};
 
 use tokio::sync::watch;
 
-use crate::assign::readiness;
+use crate::assign::{quorum, readiness};
 use crate::commit::Journal;
 use crate::ingest::Board;
 use crate::model::Model;
 pub use crate::standing::{Conduct, Standing};
+
+/// How long a peer whose link broke is expected to come back. A node that was stopped for a moment and goes on finds its links
+/// given up; they are made anew in much less.
+const BACK_WITHIN: Duration = Duration::from_secs(1);
 
 /// The shared things of one node.
 #[derive(Clone)]
@@ -67,6 +71,45 @@ impl Services {
     pub fn is_useful(&self, node: &NodeId, peers: &BTreeMap<NodeId, PeerState>) -> bool {
         let is_up = *node == self.node || matches!(peers.get(node), Some(PeerState::Up { .. }));
         is_up && !self.is_excluded(node)
+    }
+
+    /// Whether work may be expected of a node now or in a moment: it is useful, or its link broke just now.
+    #[must_use]
+    pub fn is_expected(&self, node: &NodeId, peers: &BTreeMap<NodeId, PeerState>) -> bool {
+        self.is_useful(node, peers)
+            || self.back_within(peers.get(node)).is_some_and(|wait| !wait.is_zero()) && !self.is_excluded(node)
+    }
+
+    /// How much longer a peer whose link broke is expected to come back; `None` when it is up, or away for another reason.
+    fn back_within(&self, peer: Option<&PeerState>) -> Option<Duration> {
+        match peer {
+            Some(PeerState::Down { since, reason: DownReason::Unreachable(_) | DownReason::Replaced }) => {
+                Some(since.saturating_add(BACK_WITHIN).saturating_sub(self.clock.now()))
+            }
+            _ => None,
+        }
+    }
+
+    /// Waits while too few replicas are up and those that are missing may be back in a moment. Safe to cancel.
+    pub async fn quorum_or_none(&self) {
+        if readiness(self, &self.peers.borrow()).is_ok() {
+            return;
+        }
+        let mut peers = self.peers.clone();
+        loop {
+            let wait = {
+                let peers = peers.borrow_and_update();
+                let expected = |node: &NodeId| self.is_expected(node, &peers);
+                if readiness(self, &peers).is_ok() || quorum(self, expected).is_err() {
+                    return;
+                }
+                peers.values().filter_map(|peer| self.back_within(Some(peer))).filter(|wait| !wait.is_zero()).min()
+            };
+            tokio::select! {
+                changed = peers.changed() => if changed.is_err() { return },
+                () = self.clock.sleep(wait.unwrap_or_default()) => {}
+            }
+        }
     }
 
     /// Whether a node is proven to lie, and gets no more work.

@@ -2,8 +2,9 @@
 //!
 //! Requests wait in one queue and run when one of `max_in_flight` permits is free. The permit belongs to the task on the
 //! board and returns when the task settles, however it ends. A request is let through only when every slice has f+1 live
-//! replicas that are not excluded; otherwise it fails at once with what is missing, because waiting would only hide it. One
-//! whose deadline has passed fails and is never computed.
+//! replicas that are not excluded; otherwise it fails with what is missing, because waiting would only hide it. The one thing
+//! that is waited for, for a moment, are links that just broke: they are mostly back at once. A request whose deadline has
+//! passed fails and is never computed.
 //!
 //! How many may wait is decided where they come in: the board admits what may wait and run, and not one more. What waits
 //! here is therefore bounded; those that ended while they waited are swept out before they fill the queue.
@@ -21,7 +22,7 @@ use butterfly_topology::NodeId;
 use butterfly_verify::Request;
 use futures::FutureExt;
 use futures::future::BoxFuture;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::sync::{AcquireError, OwnedSemaphorePermit, Semaphore};
 
 pub use crate::assign::queue::Policy;
 use crate::assign::queue::{Queue, Ticket};
@@ -49,6 +50,7 @@ impl Stage for AssignStage {
     fn run(mut self: Box<Self>, context: StageContext) -> BoxFuture<'static, Result<(), StageError>> {
         async move {
             let permits = Arc::new(Semaphore::new(self.in_flight_max));
+            let services = self.services.clone();
             let mut queue: Queue<Planned> = Queue::new(self.policy);
             // What has a permit and waits for room below; meanwhile requests are taken in all the same.
             let mut next: Option<Assigned> = None;
@@ -61,7 +63,7 @@ impl Stage for AssignStage {
                         Some(planned) => self.wait(&mut queue, planned),
                         None => open = false,
                     },
-                    permit = Arc::clone(&permits).acquire_owned(), if next.is_none() && !queue.is_empty() => {
+                    permit = permit(&services, &permits), if next.is_none() && !queue.is_empty() => {
                         let Ok(permit) = permit else { break };
                         next = self.next(&mut queue, permit).await;
                     }
@@ -121,6 +123,12 @@ impl AssignStage {
     }
 }
 
+/// A permit, once there is one and enough replicas are up or given up. Safe to cancel.
+async fn permit(services: &Services, permits: &Arc<Semaphore>) -> Result<OwnedSemaphorePermit, AcquireError> {
+    services.quorum_or_none().await;
+    Arc::clone(permits).acquire_owned().await
+}
+
 /// What a request costs, in tokens: those it has and those it may get.
 fn work(request: &Request) -> u64 {
     match request.input.tokens() {
@@ -134,9 +142,17 @@ fn work(request: &Request) -> u64 {
 /// # Errors
 /// Names the first slice that has not.
 pub fn readiness(services: &Services, peers: &BTreeMap<NodeId, PeerState>) -> Result<(), SchedulingError> {
+    quorum(services, |node| services.is_useful(node, peers))
+}
+
+/// Whether every slice has f+1 replicas that count.
+///
+/// # Errors
+/// Names the first slice that has not.
+pub(crate) fn quorum(services: &Services, counts: impl Fn(&NodeId) -> bool) -> Result<(), SchedulingError> {
     let needed = services.topology.cluster.max_byzantine + 1;
     for (slice, held) in services.plan.slices.iter().enumerate() {
-        let live = held.replicas.iter().filter(|node| services.is_useful(node, peers)).count();
+        let live = held.replicas.iter().filter(|node| counts(node)).count();
         if live < needed {
             return Err(SchedulingError::CoordinationUnavailable { slice, live, needed });
         }

@@ -1,7 +1,8 @@
 //! The durable log of a node: accepted requests, their ends, and evidence, on a thread of its own.
 //!
 //! Group commit: whatever waits when a transaction begins goes into it together, so the price of making things durable is
-//! shared by as many as are waiting. A method that changes the log returns when its change is on disk.
+//! shared by as many as are waiting. A method that changes the log returns when its change is on disk; [`Journal::enter`]
+//! and its like return when its place in the order is fixed, and give what resolves when it is on disk.
 //!
 //! Invariants: changes are applied in the order in which the calls entered the queue; the queue is bounded in entries and
 //! bytes; after a failed transaction the log takes nothing more, so that nothing later is durable while something earlier is
@@ -53,10 +54,40 @@ pub struct Segment {
     pub through: u64,
 }
 
+/// Changes that have their place in the log: whatever enters later is durable later, or with them.
+#[derive(Debug)]
+#[must_use = "nothing may be promised before the changes are on disk"]
+pub struct Entered {
+    begun: oneshot::Receiver<()>,
+    outcome: oneshot::Receiver<Result<Vec<bool>, JournalError>>,
+    failure: watch::Receiver<Option<JournalError>>,
+}
+
+impl Entered {
+    /// Waits until they are being written, together with all that entered before it began. Safe to cancel.
+    pub async fn begun(&mut self) {
+        if !self.begun.is_terminated() {
+            // Where the log takes nothing more there is nothing to wait for; that is said in the end.
+            let _ = (&mut self.begun).await;
+        }
+    }
+
+    /// Waits until the changes are on disk. For each it says whether it had an effect. Dropping the future changes nothing
+    /// about the log.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub async fn durable(self) -> Result<Vec<bool>, JournalError> {
+        let closed = || self.failure.borrow().clone().unwrap_or(JournalError::Closed);
+        self.outcome.await.unwrap_or_else(|_| Err(closed()))
+    }
+}
+
 /// Changes that one caller wants made, in one transaction.
 #[derive(Debug)]
 struct Call {
     changes: Vec<Change>,
+    begun: Option<oneshot::Sender<()>>,
     done: oneshot::Sender<Result<Vec<bool>, JournalError>>,
     _room: OwnedSemaphorePermit,
 }
@@ -113,20 +144,24 @@ impl Journal {
     /// # Errors
     /// When the request is known already, and when the log cannot be written.
     pub async fn accept(&self, accepted: Accepted) -> Result<(), JournalError> {
-        self.accept_with_key(accepted, None).await
+        let rd = accepted.rd;
+        let recorded = self.enter(accepted, None).await?.durable().await?;
+        if recorded.first() == Some(&true) { Ok(()) } else { Err(JournalError::Known(rd)) }
     }
 
-    /// Like [`accept`](Self::accept), with the key under which the request can be found again, in the same transaction. A
-    /// request that had this key before can be found under its other names only.
+    /// Gives an accepted request its place in the log, with the key under which it can be found again, in one transaction. A
+    /// request that had this key before can be found under its other names only. The first effect is false when the request
+    /// is known already.
+    ///
+    /// A cancelled call has entered nothing.
     ///
     /// # Errors
-    /// When the request is known already, and when the log cannot be written.
-    pub async fn accept_with_key(&self, accepted: Accepted, key: Option<RetryKey>) -> Result<(), JournalError> {
+    /// When the log cannot be written.
+    pub async fn enter(&self, accepted: Accepted, key: Option<RetryKey>) -> Result<Entered, JournalError> {
         let rd = accepted.rd;
         let mut changes = vec![Change::Accept(accepted)];
         changes.extend(key.map(|key| Change::Key(rd, key)));
-        let recorded = self.change(changes).await?;
-        if recorded.first() == Some(&true) { Ok(()) } else { Err(JournalError::Known(rd)) }
+        self.enter_changes(changes).await
     }
 
     /// Records how requests ended, all in one transaction. For each it says whether this is its end: false when it was
@@ -137,23 +172,19 @@ impl Journal {
     /// # Errors
     /// When the log cannot be written.
     pub async fn settle(&self, settled: Vec<Settled>) -> Result<Vec<bool>, JournalError> {
-        self.settle_with_evidence(settled, Vec::new()).await
+        self.change(settled.into_iter().map(Change::Settle).collect()).await
     }
 
-    /// Like [`settle`](Self::settle), with evidence (as JSON) in the same transaction.
+    /// Gives ends of requests and evidence (as JSON) their place in the log, in one transaction. The effects are first those of
+    /// the ends, as of [`settle`](Self::settle).
+    ///
+    /// A cancelled call has entered nothing.
     ///
     /// # Errors
     /// When the log cannot be written.
-    pub async fn settle_with_evidence(
-        &self,
-        settled: Vec<Settled>,
-        evidence: Vec<Vec<u8>>,
-    ) -> Result<Vec<bool>, JournalError> {
-        let ends = settled.len();
+    pub async fn enter_ends(&self, settled: Vec<Settled>, evidence: Vec<Vec<u8>>) -> Result<Entered, JournalError> {
         let changes = settled.into_iter().map(Change::Settle).chain(evidence.into_iter().map(Change::Evidence));
-        let mut effects = self.change(changes.collect()).await?;
-        effects.truncate(ends);
-        Ok(effects)
+        self.enter_changes(changes.collect()).await
     }
 
     /// Records evidence, as JSON. The same piece is kept once.
@@ -161,7 +192,7 @@ impl Journal {
     /// # Errors
     /// When the log cannot be written.
     pub async fn evidence(&self, evidence: Vec<Vec<u8>>) -> Result<(), JournalError> {
-        self.settle_with_evidence(Vec::new(), evidence).await.map(drop)
+        self.change(evidence.into_iter().map(Change::Evidence).collect()).await.map(drop)
     }
 
     /// Records that an open request is started once more, as after a restart.
@@ -335,15 +366,18 @@ impl Journal {
         if changes.is_empty() {
             return Ok(Vec::new());
         }
+        self.enter_changes(changes).await?.durable().await
+    }
+
+    async fn enter_changes(&self, changes: Vec<Change>) -> Result<Entered, JournalError> {
         let bytes = changes.iter().map(Change::size_bytes).fold(0, usize::saturating_add);
         let bytes = u32::try_from(bytes).unwrap_or(u32::MAX).min(BYTES_WAITING_MAX);
         let room = Arc::clone(&self.room).acquire_many_owned(bytes).await.map_err(|_| JournalError::Closed)?;
-        let (done, outcome) = oneshot::channel();
+        let ((begin, begun), (done, outcome)) = (oneshot::channel(), oneshot::channel());
         let calls = self.calls.as_ref().ok_or(JournalError::Closed)?;
-        let entered = calls.send(Call { changes, done, _room: room }).await;
-        let closed = || self.failure().unwrap_or(JournalError::Closed);
-        entered.map_err(|_| closed())?;
-        outcome.await.unwrap_or_else(|_| Err(closed()))
+        let entered = calls.send(Call { changes, begun: Some(begin), done, _room: room }).await;
+        entered.map_err(|_| self.failure().unwrap_or(JournalError::Closed))?;
+        Ok(Entered { begun, outcome, failure: self.failure.clone() })
     }
 }
 
@@ -362,6 +396,10 @@ impl Drop for Journal {
 fn write_until_closed(log: &Log, mut queue: mpsc::Receiver<Call>, failed: &watch::Sender<Option<JournalError>>) {
     let mut calls = Vec::new();
     while queue.blocking_recv_many(&mut calls, CALLS_AT_ONCE_MAX) > 0 {
+        for begun in calls.iter_mut().filter_map(|call| call.begun.take()) {
+            // Hardly anyone wants to know.
+            let _ = begun.send(());
+        }
         match log.apply(calls.iter().flat_map(|call| &call.changes)) {
             Ok(effects) => {
                 let mut effects = effects.into_iter();

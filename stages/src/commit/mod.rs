@@ -1,7 +1,8 @@
 //! The commit stage: what was decided is made durable, then told.
 //!
-//! Decisions are taken from the edge together, written in one transaction, and only then given to whoever waits. Tokens of a
-//! stream are passed on at once: they are part of no promise, the certificate at the end is.
+//! Decisions are taken from the edge together, written in one transaction, and only then given to whoever waits. Meanwhile the
+//! next ones are taken, so that they are in the log's next transaction. Tokens of a stream are passed on at once: they are part
+//! of no promise, the certificate at the end is.
 //!
 //! Invariants: a client hears of an end only when that end is in the log; of several ends of one request the log takes the
 //! first, and only that one is told. An end that cannot be written stops the node.
@@ -13,16 +14,18 @@ mod log;
 mod record;
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use butterfly_engine::channel::Receiver;
 use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::telemetry::{Event, Mark};
 use butterfly_verify::{Answer, CheckpointCertificate, Receipt};
-use futures::FutureExt;
 use futures::future::BoxFuture;
+use futures::stream::FuturesOrdered;
+use futures::{FutureExt, StreamExt};
 
 pub use journal::{
-    Accepted, Checkpointed, Journal, JournalError, Open, Outcome, Record, RetryKey, Segment, Settled,
+    Accepted, Checkpointed, Entered, Journal, JournalError, Open, Outcome, Record, RetryKey, Segment, Settled,
     TASK_ID_BYTES_MAX, TaskKind,
 };
 
@@ -33,6 +36,8 @@ use crate::services::Services;
 
 /// Decisions that share a transaction at most.
 const DECISIONS_AT_ONCE_MAX: usize = 1024;
+/// Batches of decisions that wait for the disk at most.
+const BATCHES_WRITTEN_MAX: usize = 64;
 
 /// The stage.
 pub struct CommitStage {
@@ -51,49 +56,67 @@ impl CommitStage {
 impl Stage for CommitStage {
     fn run(mut self: Box<Self>, context: StageContext) -> BoxFuture<'static, Result<(), StageError>> {
         async move {
+            let mut writing = FuturesOrdered::new();
+            let mut input_open = true;
             context.ready();
-            loop {
-                let batch = tokio::select! {
+            while input_open || !writing.is_empty() {
+                // As long as it can take more, waiting for the disk is no work.
+                let has_room = writing.len() < BATCHES_WRITTEN_MAX;
+                tokio::select! {
                     biased;
-                    batch = self.input.recv_many(DECISIONS_AT_ONCE_MAX) => batch,
-                    () = context.shutdown.completing() => Vec::new(),
-                };
-                if batch.is_empty() {
-                    return Ok(());
+                    Some(told) = writing.next() => told?,
+                    batch = self.input.recv_many(DECISIONS_AT_ONCE_MAX), if input_open && has_room => {
+                        input_open = !batch.is_empty();
+                        let mut batch = self.sort(batch);
+                        self.keep(std::mem::take(&mut batch.checkpoints), &context).await?;
+                        if !batch.settled.is_empty() || !batch.evidence.is_empty() {
+                            let began = context.clock.now();
+                            let Batch { settled, evidence, ends, .. } = batch;
+                            let entered = self.services.journal.enter_ends(settled, evidence).await.map_err(unwritten)?;
+                            writing.push_back(self.tell(entered, ends, began, &context));
+                        }
+                    }
+                    () = context.shutdown.completing(), if input_open => input_open = false,
                 }
-                self.commit(batch, &context).await?;
             }
+            Ok(())
         }
         .boxed()
     }
 }
 
+fn unwritten(error: JournalError) -> StageError {
+    StageError::environment("write the log", error)
+}
+
 impl CommitStage {
-    async fn commit(&self, batch: Vec<Decided>, context: &StageContext) -> Result<(), StageError> {
-        let mut batch = self.sort(batch);
-        self.keep(std::mem::take(&mut batch.checkpoints), context).await?;
-        if batch.settled.is_empty() && batch.evidence.is_empty() {
-            return Ok(());
-        }
-        let began = context.clock.now();
-        let settled = std::mem::take(&mut batch.settled);
-        let written = self.services.journal.settle_with_evidence(settled, batch.evidence).await;
-        let first = written.map_err(|error| StageError::environment("write the log", error))?;
-        let metrics = context.telemetry.metrics();
-        let took = context.clock.now().saturating_sub(began);
-        metrics.commit_seconds.record(took);
-        for ((rd, result), first) in batch.ends.into_iter().zip(first) {
-            if !first {
-                continue;
+    /// Tells ends once they are in the log.
+    fn tell(
+        &self,
+        entered: Entered,
+        ends: Vec<(RequestId, TaskResult)>,
+        began: Duration,
+        context: &StageContext,
+    ) -> impl Future<Output = Result<(), StageError>> + use<> {
+        let (board, clock) = (Arc::clone(&self.services.board), Arc::clone(&context.clock));
+        let (telemetry, stage) = (Arc::clone(&self.services.telemetry), context.stage.clone());
+        async move {
+            let first = entered.durable().await.map_err(unwritten)?;
+            let took = clock.now().saturating_sub(began);
+            telemetry.metrics().commit_seconds.record(took);
+            for ((rd, result), first) in ends.into_iter().zip(first) {
+                if !first {
+                    continue;
+                }
+                telemetry.traces().mark_last(&rd.0, Mark::new("commit", "written").took(took));
+                if result.is_ok() {
+                    telemetry.metrics().receipts_total.inc();
+                    telemetry.events().emit_with(|| Event::new("certified").stage(&stage).request(rd));
+                }
+                board.settle(&rd, result);
             }
-            context.telemetry.traces().mark_last(&rd.0, Mark::new("commit", "written").took(took));
-            if result.is_ok() {
-                metrics.receipts_total.inc();
-                context.telemetry.events().emit_with(|| Event::new("certified").stage(&context.stage).request(rd));
-            }
-            self.services.board.settle(&rd, result);
+            Ok(())
         }
-        Ok(())
     }
 
     /// Records checkpoints, which nobody waits for.

@@ -175,11 +175,9 @@ impl ComputeStage {
                 }
                 step = self.steps.recv() => match step {
                     Some(step) => {
-                        state.take(step);
-                        for _ in 0..STEPS_AT_ONCE_MAX {
-                            let Some(step) = self.steps.try_recv() else { break };
-                            state.take(step);
-                        }
+                        let mut steps = vec![step];
+                        self.steps.gather(&mut steps, STEPS_AT_ONCE_MAX).await;
+                        steps.into_iter().for_each(|step| state.take(step));
                     }
                     None => break,
                 },

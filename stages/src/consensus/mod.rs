@@ -92,8 +92,10 @@ impl Stage for ConsensusStage {
             context.ready();
             loop {
                 tokio::select! {
-                    batch = self.outcome.recv_many(OUTCOMES_AT_ONCE_MAX), if outcomes_open => {
+                    mut batch = self.outcome.recv_many(OUTCOMES_AT_ONCE_MAX), if outcomes_open => {
                         outcomes_open = !batch.is_empty();
+                        // A signature for many costs what one for one costs.
+                        self.outcome.gather(&mut batch, OUTCOMES_AT_ONCE_MAX).await;
                         state.outcomes(&context, batch);
                     }
                     delivery = port.recv() => match delivery {
@@ -530,16 +532,22 @@ impl State {
         }
     }
 
-    /// Reports whoever did not vote. Silence is unavailability, never lying.
+    /// Reports whoever did not vote. Silence is unavailability, never lying. One that is up may still be at it, perhaps for
+    /// rows that were lost and will never come, and is told to stop.
     fn unavailable(&self, rd: &RequestId, open: &Open) {
+        let mut is_at_it = false;
         for index in open.silent().into_iter().filter(|index| !self.services.standing.is_excluded(*index)) {
             self.services.standing.silent(index);
             let Some(node) = self.services.node_id(index) else { continue };
+            is_at_it |= self.services.is_useful(&node, &self.services.peers.borrow());
             let span = self.services.telemetry.traces().span(&rd.0);
             span.in_scope(|| tracing::info!(%node, %rd, "no vote came in time"));
             open::count(&self.services, index, VerificationResult::Timeout);
             self.services.telemetry.metrics().node_failures_total.of(&SILENT).inc();
             self.services.telemetry.events().emit_with(|| Event::new("unavailable").node(&node).request(rd));
+        }
+        if is_at_it {
+            self.services.board.stop(rd);
         }
     }
 }

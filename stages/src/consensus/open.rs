@@ -167,7 +167,7 @@ impl Open {
         if reporters.insert(reporter) { reporters.len() } else { 0 }
     }
 
-    /// A slice whose votes and living replicas together no longer make enough.
+    /// A slice whose votes and replicas that live, or may be back in a moment, together no longer make enough.
     pub(crate) fn short_of_nodes(&self, services: &Services) -> Option<usize> {
         if self.held.is_some() {
             return None;
@@ -175,7 +175,7 @@ impl Open {
         let peers = services.peers.borrow();
         services.plan.slices.iter().enumerate().find_map(|(slice, held)| {
             let may_vote = |node: &&NodeId| {
-                services.is_useful(node, &peers)
+                services.is_expected(node, &peers)
                     || services
                         .epoch
                         .index_of(node.as_ref())

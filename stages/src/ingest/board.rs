@@ -335,6 +335,15 @@ impl Board {
         self.lock().tasks.get(rd).map_or(0, |task| task.attempt)
     }
 
+    /// A task is started once more. Returns the new number of starts, unless the task no longer lives.
+    #[must_use]
+    pub fn start_anew(&self, rd: &RequestId) -> Option<u32> {
+        let mut state = self.lock();
+        let task = state.tasks.get_mut(rd).filter(|task| task.lives())?;
+        task.attempt = task.attempt.saturating_add(1);
+        Some(task.attempt)
+    }
+
     /// What can be told of a living task of a client, by its task id or its request id.
     #[must_use]
     pub fn status(&self, client: &str, id: &str) -> Option<Status> {
@@ -631,7 +640,7 @@ impl Board {
     }
 
     /// Has the work on a request stopped on every node.
-    fn stop(&self, rd: &RequestId) {
+    pub fn stop(&self, rd: &RequestId) {
         if self.cancellations.try_send(*rd).is_err() {
             tracing::debug!(%rd, "a cancellation was dropped; replicas let the request go when it expires");
         }

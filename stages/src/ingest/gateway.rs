@@ -1,11 +1,13 @@
 //! The gateway: takes what is asked into the graph, and gives back what waits for the answer.
 //!
 //! The order of admission is what makes its promises true: the request is made whole and valid; room in the graph is
-//! reserved, or the client hears at once that there is none, with nothing written; the task is put on the board; the
-//! journal makes it durable; only then is it handed on, which cannot fail for fullness any more.
+//! reserved, or the client hears at once that there is none, with nothing written; the task is put on the board; it gets its
+//! place in the journal; it is handed on, which cannot fail for fullness any more, and acknowledged once it is durable. It is
+//! computed while it is being written, because its end is behind it in the journal and so can only be durable after it. What is
+//! written together is handed on together, and so shares signatures and passes.
 //!
 //! Invariants: a client that goes away at any point leaves nothing behind that works for it; what was not made durable is
-//! never handed on; what was is never forgotten.
+//! never acknowledged, nor answered; what was is never forgotten.
 //!
 //! It refuses to know HTTP.
 
@@ -16,7 +18,7 @@ use butterfly_engine::channel::{Item, Permit, ReserveError, Sender};
 use butterfly_engine::shutdown::Shutdown;
 use butterfly_engine::stage::Readiness;
 use butterfly_verify::{Digest, Mode, Request, RequestParts};
-use futures::future::{join_all, try_join_all};
+use futures::future::try_join_all;
 use tokio::sync::Semaphore;
 
 use super::ask::{Ask, AskInput, cluster_mode};
@@ -28,7 +30,7 @@ use super::gate::Caller;
 use super::origin;
 use super::reply::{Reply, ReplyReceiver, reply};
 use super::retry::{KEPT, Turns};
-use crate::commit::{Accepted, Journal, JournalError, Outcome, Record, RetryKey, TaskKind};
+use crate::commit::{Accepted, Entered, Journal, JournalError, Outcome, Record, RetryKey, TaskKind};
 use crate::error::{SchedulingError, TaskError};
 use crate::items::{self, Priority, RequestId};
 use crate::model::{ChatError, Messages, Sampled, Tokenizer};
@@ -86,14 +88,14 @@ pub(super) struct Admitted {
 pub(super) struct Awaited {
     // Before the other, so that it is not heard any more when the board is told.
     receiver: ReplyReceiver,
-    _waiting: Option<Waiting>,
+    waiting: Option<Waiting>,
     /// Where the answer is kept.
     keep: Option<(Arc<ResultCache>, Digest)>,
 }
 
 impl Awaited {
     pub(super) fn new(receiver: ReplyReceiver, waiting: Waiting) -> Self {
-        Self { receiver, _waiting: Some(waiting), keep: None }
+        Self { receiver, waiting: Some(waiting), keep: None }
     }
 
     /// An answer that is there.
@@ -101,7 +103,7 @@ impl Awaited {
         let (sender, receiver) = reply(completed.sampled.len());
         sender.tokens(0, &completed.sampled);
         sender.end(Ok(completed));
-        Self { receiver, _waiting: None, keep: None }
+        Self { receiver, waiting: None, keep: None }
     }
 
     /// What comes next. Safe to cancel.
@@ -203,6 +205,28 @@ struct Fresh {
     cache_key: Option<Digest>,
     receiver: Option<ReplyReceiver>,
     guard: Waiting,
+}
+
+/// A task that is on its way, and not durable yet.
+struct HandedOn {
+    admitted: Admitted,
+    /// Cancels it when it is dropped before it is acknowledged; and whether its client may come back for it.
+    guard: Option<(Waiting, bool)>,
+}
+
+impl HandedOn {
+    /// It is durable: from here on its client decides.
+    fn acknowledge(self) -> Admitted {
+        let Self { mut admitted, guard } = self;
+        if let Some((mut guard, may_return)) = guard {
+            guard.may_return = may_return;
+            match &mut admitted.reply {
+                Some(awaited) => awaited.waiting = Some(guard),
+                None => guard.forget(),
+            }
+        }
+        admitted
+    }
 }
 
 impl Gateway {
@@ -369,9 +393,13 @@ impl Gateway {
             Reserved::Fresh(permit, item, wanted) => self.open(kind, permit, item, wanted, wait),
         });
         let opened: Vec<Opened> = opened.collect::<Result<_, _>>()?;
-        let accepted = join_all(opened.iter().map(|opened| self.accept(kind, opened))).await;
-        accepted.into_iter().collect::<Result<Vec<()>, Failure>>()?;
-        try_join_all(opened.into_iter().map(|opened| self.hand_on(opened))).await
+        let mut entered = try_join_all(opened.iter().map(|opened| self.enter(kind, opened))).await?;
+        for (_, entered) in entered.iter_mut().flatten() {
+            entered.begun().await;
+        }
+        let handed_on = try_join_all(opened.into_iter().map(|opened| self.hand_on(opened))).await?;
+        try_join_all(entered.into_iter().flatten().map(|(rd, entered)| self.accepted(rd, entered))).await?;
+        Ok(handed_on.into_iter().map(HandedOn::acknowledge).collect())
     }
 
     /// Puts a task on the board, from where a client that goes away cancels it.
@@ -400,9 +428,9 @@ impl Gateway {
         Ok(Opened::Fresh(Box::new(Fresh { permit, item, task_id, key, cache_key, receiver, guard })))
     }
 
-    /// Makes a task durable.
-    async fn accept(&self, kind: TaskKind, opened: &Opened) -> Result<(), Failure> {
-        let Opened::Fresh(fresh) = opened else { return Ok(()) };
+    /// Gives a task its place in the log.
+    async fn enter(&self, kind: TaskKind, opened: &Opened) -> Result<Option<(RequestId, Entered)>, Failure> {
+        let Opened::Fresh(fresh) = opened else { return Ok(None) };
         let (rd, request) = (fresh.item.rd, &fresh.item.body);
         let accepted = Accepted {
             rd,
@@ -413,40 +441,46 @@ impl Gateway {
             task_id: fresh.task_id.clone(),
             request: request.encode(),
         };
-        self.services.journal.accept_with_key(accepted, fresh.key).await.map_err(|error| {
-            self.services.board.withdraw(&rd);
-            tracing::error!(%rd, %error, "a request could not be made durable");
-            TaskError::Internal("the request could not be written to the log".to_owned()).into()
-        })
+        let entered = self.services.journal.enter(accepted, fresh.key).await;
+        entered.map(|entered| Some((rd, entered))).map_err(|error| self.not_durable(&rd, &error))
     }
 
-    /// Hands a durable task on.
-    async fn hand_on(&self, opened: Opened) -> Result<Admitted, Failure> {
+    /// Waits until a task is durable: from here on it may be acknowledged.
+    async fn accepted(&self, rd: RequestId, entered: Entered) -> Result<(), Failure> {
+        match entered.durable().await.as_deref() {
+            Ok([true, ..]) => Ok(()),
+            Ok(_) => Err(self.not_durable(&rd, &JournalError::Known(rd))),
+            Err(error) => Err(self.not_durable(&rd, error)),
+        }
+    }
+
+    /// Takes a task back that is not in the log, and so was promised nothing.
+    fn not_durable(&self, rd: &RequestId, error: &JournalError) -> Failure {
+        self.services.board.withdraw(rd);
+        self.services.board.stop(rd);
+        tracing::error!(%rd, %error, "a request could not be made durable");
+        TaskError::Internal("the request could not be written to the log".to_owned()).into()
+    }
+
+    /// Hands on a task that has its place in the log.
+    async fn hand_on(&self, opened: Opened) -> Result<HandedOn, Failure> {
         let fresh = match opened {
             Opened::Fresh(fresh) => fresh,
             Opened::Kept(completed) => {
                 let (task_id, request) = (completed.task_id.clone(), completed.request.clone());
-                return Ok(Admitted { task_id, request, reply: Some(Awaited::ended(completed)) });
+                let reply = Some(Awaited::ended(completed));
+                return Ok(HandedOn { admitted: Admitted { task_id, request, reply }, guard: None });
             }
         };
-        let Fresh { permit, item, task_id, key, cache_key, receiver, mut guard } = *fresh;
+        let Fresh { permit, item, task_id, key, cache_key, receiver, guard } = *fresh;
         let (rd, request) = (item.rd, item.body.clone());
         if permit.send(item).is_err() {
             self.services.board.fail(&rd, TaskError::Draining).await;
             return Err(TaskError::Draining.into());
         }
-        guard.may_return = key.is_some();
-        let reply = match receiver {
-            Some(receiver) => {
-                let keep = cache_key.map(|key| (Arc::clone(&self.cache), key));
-                Some(Awaited { keep, ..Awaited::new(receiver, guard) })
-            }
-            None => {
-                guard.forget();
-                None
-            }
-        };
-        Ok(Admitted { task_id, request, reply })
+        let keep = cache_key.map(|key| (Arc::clone(&self.cache), key));
+        let reply = receiver.map(|receiver| Awaited { receiver, waiting: None, keep });
+        Ok(HandedOn { admitted: Admitted { task_id, request, reply }, guard: Some((guard, key.is_some())) })
     }
 
     /// What was admitted under a key, if it lives or has ended in a way that asking again does not better.

@@ -7,10 +7,15 @@
 //! Nothing here waits for a peer. A peer whose credits are used up loses the frame and with it its vote on that request; f+1
 //! of the others decide without it, so one stalled node cannot hold up the rest. An honest node's inbox takes all that
 //! permits allow to be in flight, so only a stalled one is shed. A node that is proven to lie is sent nothing.
+//!
+//! A peer whose link comes up, late at a start or again after a break, is sent the requests that run without it. What more
+//! than f breaks have torn apart starts anew, as the next attempt, which is in the log first.
 
+mod running;
 pub mod wire;
 
 use std::collections::{BTreeSet, VecDeque};
+use std::sync::Arc;
 use std::time::Duration;
 
 use butterfly_engine::channel::{Item, Receiver, Sender};
@@ -19,14 +24,15 @@ use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::telemetry::{Mark, TraceContext};
 use butterfly_engine::transport::{Delivery, PeerPort, PeerSender};
 use butterfly_topology::NodeId;
-use butterfly_verify::PrePrepare;
+use butterfly_verify::{PrePrepare, Request};
 use futures::FutureExt;
 use futures::future::BoxFuture;
 
 use crate::error::{ButterflyError, CoordinationError};
 use crate::ingest::CancellationReceiver;
-use crate::items::{Assigned, Boundary, BoundaryValues, RequestId, Step};
+use crate::items::{Assigned, Boundary, BoundaryValues, RequestId, Step, request_bytes};
 use crate::services::Services;
+use crate::transfer::running::{Lacking, Running};
 use crate::transfer::wire::Message;
 
 #[cfg(feature = "adversary")]
@@ -48,23 +54,34 @@ pub const LIFE_MS_MAX: u64 = 600_000;
 
 /// The stage.
 pub struct TransferStage {
-    /// Requests that may run, in.
-    pub assigned: Receiver<Assigned>,
-    /// Boundary values of the own slices, in.
-    pub boundary: Receiver<Boundary>,
-    /// What compute is asked to do, out.
-    pub steps: Sender<Step>,
-    /// The node's shared things.
-    pub services: Services,
+    assigned: Receiver<Assigned>,
+    boundary: Receiver<Boundary>,
+    steps: Sender<Step>,
+    services: Services,
     /// Requests that too few replicas took, to be sent again. Bounded by the permits of the requests.
-    pub(crate) retries: VecDeque<Retry>,
+    retries: VecDeque<Retry>,
+    running: Running,
+}
+
+/// A request to be sent to its replicas.
+struct Start {
+    rd: RequestId,
+    request: Request,
+    attempt: u32,
 }
 
 /// Requests to be sent again.
-pub(crate) struct Retry {
+struct Retry {
     due: Duration,
     tries: usize,
-    batch: Vec<Assigned>,
+    batch: Vec<Start>,
+}
+
+impl From<Assigned> for Start {
+    fn from(assigned: Assigned) -> Self {
+        let Assigned { request, attempt, .. } = assigned;
+        Self { rd: request.rd, request: request.body, attempt }
+    }
 }
 
 impl Stage for TransferStage {
@@ -74,6 +91,17 @@ impl Stage for TransferStage {
 }
 
 impl TransferStage {
+    /// The stage: requests that may run and boundary values of the own slices in, what compute is asked to do out.
+    #[must_use]
+    pub fn new(
+        assigned: Receiver<Assigned>,
+        boundary: Receiver<Boundary>,
+        steps: Sender<Step>,
+        services: Services,
+    ) -> Self {
+        Self { assigned, boundary, steps, services, retries: VecDeque::new(), running: Running::default() }
+    }
+
     async fn run_inner(mut self: Box<Self>, mut context: StageContext) -> Result<(), StageError> {
         let mut port: PeerPort =
             context.peers.take().ok_or(StageError::Bug { invariant: "the transfer stage is networked" })?;
@@ -84,9 +112,12 @@ impl TransferStage {
         loop {
             let next_retry = self.retries.front().map(|retry| retry.due);
             tokio::select! {
-                batch = self.assigned.recv_many(REQUESTS_AT_ONCE_MAX), if assigned_open => {
+                mut batch = self.assigned.recv_many(REQUESTS_AT_ONCE_MAX), if assigned_open => {
                     assigned_open = !batch.is_empty();
+                    // A signature for many costs what one for one costs.
+                    self.assigned.gather(&mut batch, REQUESTS_AT_ONCE_MAX).await;
                     for batch in by_bytes(batch, Item::size_bytes) {
+                        let batch = batch.into_iter().map(Start::from).collect();
                         self.start(&peers, batch, 0, context.clock.now()).await;
                     }
                 }
@@ -100,13 +131,14 @@ impl TransferStage {
                             break;
                         }
                     }
-                    Some(Delivery::Up(_) | Delivery::Down(_)) => {}
+                    Some(Delivery::Up(peer)) => self.came_up(&peers, &peer, context.clock.now()).await?,
+                    Some(Delivery::Down(peer)) => self.running.down(&peer),
                     None => break,
                 },
                 rd = next_cancellation(&mut cancellations) => self.cancel(&peers, rd),
                 () = wait_until(&context, next_retry), if next_retry.is_some() => {
                     if let Some(Retry { tries, mut batch, .. }) = self.retries.pop_front() {
-                        batch.retain(|assigned| self.services.board.is_living(&assigned.request.rd));
+                        batch.retain(|start| self.services.board.is_living(&start.rd));
                         self.start(&peers, batch, tries, context.clock.now()).await;
                     }
                 }
@@ -116,61 +148,97 @@ impl TransferStage {
         Ok(())
     }
 
-    /// Signs assigned requests and sends them to everybody who holds a slice. Where fewer than f+1 replicas of a slice take
-    /// them, they are sent again a little later: a link that has just come up may not carry every lane yet. Replicas that
-    /// had them the first time do not start anew.
-    async fn start(&mut self, peers: &PeerSender, batch: Vec<Assigned>, tries: usize, now: Duration) {
+    /// Signs requests and sends them to everybody who holds a slice. Where fewer than f+1 replicas of a slice take them, they
+    /// are sent again a little later. Replicas that had them the first time do not start anew.
+    async fn start(&mut self, peers: &PeerSender, batch: Vec<Start>, tries: usize, now: Duration) {
         if batch.is_empty() {
             return;
         }
-        let pre_prepares = batch
-            .iter()
-            .map(|assigned| PrePrepare { request: assigned.request.body.clone(), attempt: assigned.attempt })
-            .collect();
-        let traces = self.services.telemetry.traces();
-        let origins: Vec<_> = batch
-            .iter()
-            .filter_map(|assigned| Some((assigned.request.rd, traces.context(&assigned.request.rd.0)?)))
-            .collect();
-        let signed = self.services.signer.sign_pre_prepares(pre_prepares).map_err(|error| error.to_string());
-        let frame = match signed.and_then(|signed| wire::requests(&signed, &origins).map_err(|error| error.to_string()))
-        {
+        let frame = match self.frame(&batch) {
             Ok(frame) => frame,
             Err(error) => {
-                for assigned in &batch {
+                for start in &batch {
                     let error = ButterflyError::Internal(format!("a request could not be sent: {error}"));
-                    self.services.board.fail(&assigned.request.rd, error).await;
+                    self.services.board.fail(&start.rd, error).await;
                 }
                 return;
             }
         };
+        let replicas = self.replicas();
         let reached: BTreeSet<&NodeId> =
-            self.replicas().into_iter().filter(|node| peers.try_send(node, frame.clone()).is_ok()).collect();
-        for assigned in &batch {
-            traces.mark(&assigned.request.rd.0, Mark::new("transfer", "sent").count(reached.len()));
+            replicas.iter().filter(|node| peers.try_send(node, frame.clone()).is_ok()).collect();
+        for start in &batch {
+            self.services.telemetry.traces().mark(&start.rd.0, Mark::new("transfer", "sent").count(reached.len()));
         }
-        let needed = self.services.topology.cluster.max_byzantine + 1;
+        let needed = self.needed();
         let short = self
             .services
             .plan
             .slices
             .iter()
             .position(|slice| slice.replicas.iter().filter(|node| reached.contains(node)).count() < needed);
+        let requests = batch.iter().map(|start| (start.rd, start.attempt));
+        let board = &self.services.board;
+        self.running.sent(requests, &reached, short.is_some(), |rd| board.is_living(rd));
         let Some(slice) = short else { return };
         if let Some(pause) = RETRY_AFTER.get(tries) {
             self.retries.push_back(Retry { due: now + *pause, tries: tries + 1, batch });
         } else {
-            for assigned in &batch {
+            for start in &batch {
                 let error = CoordinationError::InsufficientNodes { slice };
-                self.services.board.fail(&assigned.request.rd, error.into()).await;
+                board.fail(&start.rd, error.into()).await;
             }
         }
     }
 
+    /// A peer's link has come up: it is sent what runs without it, and what cannot go on without it starts anew.
+    async fn came_up(&mut self, peers: &PeerSender, peer: &NodeId, now: Duration) -> Result<(), StageError> {
+        if !self.replicas().contains(peer) {
+            return Ok(());
+        }
+        let (needed, board) = (self.needed(), Arc::clone(&self.services.board));
+        let slices = self.services.plan.slices.iter().map(|slice| slice.replicas.as_slice());
+        let Lacking { resend, restart } = self.running.up(peer, slices, needed, |rd| board.is_living(rd));
+        let living = |(rd, attempt)| Some(Start { rd, request: board.request(&rd)?, attempt });
+        for batch in in_batches(resend.into_iter().filter_map(living).collect()) {
+            match self.frame(&batch) {
+                // It loses its vote on them if it takes no frames again.
+                Ok(frame) => drop(peers.try_send(peer, frame)),
+                Err(error) => tracing::error!(%peer, %error, "requests could not be sent again"),
+            }
+        }
+        if restart.is_empty() {
+            return Ok(());
+        }
+        tracing::info!(%peer, requests = restart.len(), "requests that lost their links start anew");
+        let written = self.services.journal.restart(restart.clone()).await;
+        written.map_err(|error| StageError::environment("write the log", error))?;
+        let anew = |rd: RequestId| Some((rd, board.start_anew(&rd)?));
+        for batch in in_batches(restart.into_iter().filter_map(anew).filter_map(living).collect()) {
+            self.start(peers, batch, 0, now).await;
+        }
+        Ok(())
+    }
+
+    /// Signed requests in a frame.
+    fn frame(&self, batch: &[Start]) -> Result<Frame, String> {
+        let pre_prepares =
+            batch.iter().map(|start| PrePrepare { request: start.request.clone(), attempt: start.attempt }).collect();
+        let traces = self.services.telemetry.traces();
+        let origins: Vec<_> = batch.iter().filter_map(|start| Some((start.rd, traces.context(&start.rd.0)?))).collect();
+        let signed = self.services.signer.sign_pre_prepares(pre_prepares).map_err(|error| error.to_string())?;
+        wire::requests(&signed, &origins).map_err(|error| error.to_string())
+    }
+
+    /// Replicas of a slice that must have a request.
+    fn needed(&self) -> usize {
+        self.services.topology.cluster.max_byzantine + 1
+    }
+
     /// Everybody who holds a slice and is not excluded.
-    fn replicas(&self) -> BTreeSet<&NodeId> {
+    fn replicas(&self) -> BTreeSet<NodeId> {
         let replicas = self.services.plan.slices.iter().flat_map(|slice| &slice.replicas);
-        replicas.filter(|node| !self.services.is_excluded(node)).collect()
+        replicas.filter(|node| !self.services.is_excluded(node)).cloned().collect()
     }
 
     /// Sends boundary values to the replicas of the slice that takes them.
@@ -201,7 +269,7 @@ impl TransferStage {
         let Ok(frame) = wire::cancels(&[rd]) else { return };
         for node in self.replicas() {
             // A replica that misses a cancel drops the request when it expires.
-            let _ = peers.try_send(node, frame.clone());
+            let _ = peers.try_send(&node, frame.clone());
         }
     }
 
@@ -278,6 +346,20 @@ impl TransferStage {
         let stages = &self.services.topology.graph.stages;
         stages.iter().any(|stage| stage.kind == "ingest" && stage.on.as_ref().is_none_or(|on| on.contains(node)))
     }
+}
+
+/// Cuts requests so that each part fits a message.
+fn in_batches(requests: Vec<Start>) -> Vec<Vec<Start>> {
+    let parts = by_bytes(requests, |start| request_bytes(&start.request));
+    let mut batches = Vec::new();
+    for mut part in parts {
+        while part.len() > REQUESTS_AT_ONCE_MAX {
+            let rest = part.split_off(REQUESTS_AT_ONCE_MAX);
+            batches.push(std::mem::replace(&mut part, rest));
+        }
+        batches.push(part);
+    }
+    batches
 }
 
 /// Cuts a batch so that no part weighs more than one message should, unless it is a single item.

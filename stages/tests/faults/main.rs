@@ -19,7 +19,9 @@
 //! | log in use by another process | `commit::journal::tests::a_log_that_is_open_elsewhere_is_refused` |
 //! | task id used again across a restart | [`a_task_id_stays_taken_across_a_restart_and_its_task_is_answered_once`] |
 //! | a worker that stands still (half-open link) | [`a_worker_that_stands_still_costs_no_answer_and_comes_back`] |
-//! | partition without a quorum | [`without_a_quorum_requests_fail_at_once_and_after_healing_they_do_not`] |
+//! | a gateway that stands still until its links are given up | [`a_gateway_that_stands_still_answers_what_it_had_taken_in`] |
+//! | a replica that comes late to what runs | [`a_replica_whose_link_comes_up_late_votes_for_what_runs`] |
+//! | partition without a quorum | [`without_a_quorum_requests_fail_and_after_healing_they_do_not`] |
 //! | half-open and slow HTTP: writer, reader, connections | `ingest::body::tests::a_client_that_drips_is_cut`, `ingest::server::tests::a_peer_that_reads_nothing_is_given_up_and_one_that_reads_is_not`, `http_api::one_connection_too_many_is_told_so` |
 //! | a client that goes away | `http_api::a_client_that_goes_away_cancels_its_work` |
 //! | a stream that breaks | `http_api::a_stream_that_fails_is_told_and_breaks_off` |
@@ -129,15 +131,17 @@ async fn a_full_disk_stops_the_gateway_and_loses_nothing_acknowledged() {
     cluster.wait_until_up(2).await;
     let mut acknowledged = Vec::new();
     let mut next = 0..;
-    'submitting: loop {
-        let batch: Vec<usize> = next.by_ref().take(32).collect();
+    let mut is_full = false;
+    while !is_full {
+        // The first alone, so that there is one that was acknowledged.
+        let batch: Vec<usize> = next.by_ref().take(if acknowledged.is_empty() { 1 } else { 32 }).collect();
         let calls = batch.iter().map(|index| call(cluster.http, "POST", "/inference", Some(vector(*index))));
         for (index, answer) in batch.iter().zip(futures::future::join_all(calls).await) {
             match answer {
                 Ok((202, _)) => acknowledged.push(*index),
                 Ok((429, _)) => {}
                 // It cannot promise anything any more, or it is gone.
-                Ok((500 | 503, _)) | Err(_) => break 'submitting,
+                Ok((500 | 503, _)) | Err(_) => is_full = true,
                 Ok((status, body)) => panic!("{status}: {body}"),
             }
         }
@@ -227,7 +231,44 @@ async fn a_worker_that_stands_still_costs_no_answer_and_comes_back() {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-async fn without_a_quorum_requests_fail_at_once_and_after_healing_they_do_not() {
+async fn a_gateway_that_stands_still_answers_what_it_had_taken_in() {
+    let cluster = Processes::start(&Loopback::default()).await;
+    let tasks: Vec<String> = (0..8).map(|index| format!("long-{index}")).collect();
+    for task in &tasks {
+        let long = json!({ "prompt": "Ownership", "max_tokens": 128, "task_id": task, "wait": false });
+        let (status, body) = call(cluster.http, "POST", "/inference", Some(long)).await.unwrap();
+        assert_eq!(status, 202, "{body}");
+    }
+    cluster.signal(0, "-STOP");
+    for node in [1, 2] {
+        while !cluster.log(node).contains("link down") {
+            tokio::task::yield_now().await;
+        }
+    }
+    cluster.signal(0, "-CONT");
+    let mut receipts = BTreeSet::new();
+    for task in &tasks {
+        assert!(receipts.insert(answered(&cluster, task).await), "{task} shares a receipt");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_replica_whose_link_comes_up_late_votes_for_what_runs() {
+    // One of three says nothing, so an answer needs the other two.
+    let mut cluster = Processes::start(&Loopback { adversaries: [(1, "silent")].into(), ..mlp() }).await;
+    cluster.kill(2);
+    until_node(cluster.http, "n2", |entry| entry["state"] == "down").await;
+    let (status, body) = call(cluster.http, "POST", "/inference", Some(vector(0))).await.unwrap();
+    assert_eq!(status, 202, "{body}");
+    while status_of(&cluster, "task-0").await["status"] != "running" {
+        tokio::task::yield_now().await;
+    }
+    cluster.spawn(2);
+    answered(&cluster, "task-0").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn without_a_quorum_requests_fail_and_after_healing_they_do_not() {
     let cluster = Processes::start(&Loopback::default()).await;
     for node in [1, 2] {
         cluster.signal(node, "-STOP");

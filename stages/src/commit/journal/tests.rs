@@ -105,6 +105,30 @@ async fn calls_that_wait_together_share_a_transaction_in_the_order_of_arrival() 
     assert_eq!(journal.open_requests().unwrap(), vec![]);
 }
 
+/// A request may be computed while it is being written: its end is behind it in the log.
+#[tokio::test]
+async fn an_end_that_enters_behind_its_request_is_never_durable_before_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let journal = open(&folder);
+    let mut accepting = Vec::new();
+    for number in 1..=50 {
+        let mut entered = journal.enter(accepted(number), None).await.unwrap();
+        if number % 2 == 0 {
+            entered.begun().await;
+            entered.begun().await;
+        }
+        let ended = journal.enter_ends(vec![certified(number)], Vec::new()).await.unwrap();
+        accepting.push((number, entered, ended));
+    }
+    for (number, entered, ended) in accepting {
+        assert_eq!(ended.durable().await, Ok(vec![true]), "{number}");
+        assert!(journal.record(&rd(number)).unwrap().unwrap().outcome.is_some());
+        assert_eq!(entered.durable().await, Ok(vec![true]));
+    }
+    let again = journal.enter(accepted(1), None).await.unwrap();
+    assert_eq!(again.durable().await, Ok(vec![false]), "it is known");
+}
+
 #[test]
 fn a_log_that_is_open_elsewhere_is_refused() {
     let folder = tempfile::tempdir().unwrap();
