@@ -96,6 +96,9 @@ pub(crate) trait Simd: Copy {
     /// Integers to f32, to nearest even.
     fn to_f32(self, a: Self::Bits) -> Self::F;
 
+    /// Says that a line of memory will be read soon. Any address may be given.
+    fn prefetch(self, line: *const u8);
+
     fn bytes(self, from: &[u8; FOUR]) -> Self::Bytes;
     /// The low four bits of each byte, and the high four.
     fn nibbles(self, a: Self::Bytes) -> (Self::Bytes, Self::Bytes);

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Blocks, FOUR, add_upper, dot, is_finite, nibbles, set_nibbles, set_upper, stored_f16, widen};
+use super::{Blocks, FOUR, add_upper, dot, is_finite, nibbles, prefetch, set_nibbles, set_upper, stored_f16, widen};
 use crate::activation_blocks::{By256, Tile256};
 use crate::simd::{LANES, Simd};
 
@@ -183,6 +183,7 @@ where
     fn advance<S: Simd, const R: usize>(&self, simd: S, x: &Tile256<R>, mut acc: [S::F; R]) -> [S::F; R] {
         let mut sums = [simd.splat_bits(0); R];
         for part in 0..PARTS {
+            prefetch::<S, Self, PARTS>(simd, self, part);
             let scales = simd.factors(&self.part_scales[part]);
             let mut part_sums = [simd.small([0; 2], 0); R];
             for pair in 0..4 {

@@ -26,6 +26,9 @@ pub(crate) use k6::Q6K;
 pub(crate) use q4_0::Q4_0;
 pub(crate) use q8_0::Q8_0;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
 /// Bytes of four inputs of sixteen outputs.
 pub(crate) const FOUR: usize = 4 * LANES;
 
@@ -61,6 +64,18 @@ pub(crate) trait Blocks: Pod + Send + Sync {
 
 /// The inputs of `R` rows that meet a block.
 pub(crate) type TileOf<B, const R: usize> = <<B as Blocks>::Activations as Activations>::Tile<R>;
+
+/// Asks for part `part` of `PARTS` of the block 256 inputs further on, whether there is one or not. The processor reads
+/// ahead too little on its own.
+#[inline(always)]
+fn prefetch<S: Simd, B: Blocks, const PARTS: usize>(simd: S, block: &B, part: usize) {
+    let lines = size_of::<B>().div_ceil(LINE).div_ceil(PARTS);
+    let ahead = std::ptr::from_ref(block).wrapping_add(256 / B::STEPS);
+    let start = ahead.cast::<u8>().wrapping_add(part * lines * LINE);
+    for line in 0..lines {
+        simd.prefetch(start.wrapping_add(line * LINE));
+    }
+}
 
 /// The f16 at the start of `bytes`, as stored.
 fn stored_f16(bytes: &[u8]) -> u16 {

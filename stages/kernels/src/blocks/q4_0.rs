@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Blocks, FOUR, dot, is_finite, nibbles, set_nibbles, stored_f16, widen};
+use super::{Blocks, FOUR, dot, is_finite, nibbles, prefetch, set_nibbles, stored_f16, widen};
 use crate::activation_blocks::{By32, Tile32};
 use crate::simd::{LANES, Simd};
 
@@ -66,6 +66,7 @@ impl Blocks for Q4_0 {
         for r in 0..R {
             sums[r] = simd.small(x.sums[r], -i16::from(OFFSET));
         }
+        prefetch::<S, Self, 1>(simd, self, 0);
         for vector in 0..4 {
             let (even, odd) = simd.nibbles(simd.bytes(&self.quants[vector]));
             for r in 0..R {

@@ -2,7 +2,7 @@
 
 use bytemuck::{Pod, Zeroable};
 
-use super::{Blocks, FOUR, dot, is_finite, stored_f16, widen};
+use super::{Blocks, FOUR, dot, is_finite, prefetch, stored_f16, widen};
 use crate::activation_blocks::{By32, Tile32};
 use crate::simd::{LANES, Simd};
 
@@ -61,6 +61,10 @@ impl Blocks for Q8_0 {
         let mut sums = [simd.splat_bits(0); R];
         for r in 0..R {
             sums[r] = simd.dot_start(x, r);
+        }
+        // One row has several streams instead.
+        if R > 1 {
+            prefetch::<S, Self, 1>(simd, self, 0);
         }
         for four in 0..8 {
             let weights = simd.bytes(&self.quants[four]);

@@ -201,6 +201,12 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn prefetch(self, line: *const u8) {
+        // SAFETY: a hint, which no address makes fail.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[u8; FOUR]) -> Self::Bytes {
         let from = from.as_ptr();
         // SAFETY: `from` points at 64 bytes, the two unaligned loads read bytes 0..32 and 32..64 of them, and `self`

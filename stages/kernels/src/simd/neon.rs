@@ -178,6 +178,10 @@ impl Simd for Neon {
         from_fn(|i| with_neon!(vcvtq_f32_s32(a[i])))
     }
 
+    /// Left to the processor.
+    #[inline(always)]
+    fn prefetch(self, _line: *const u8) {}
+
     #[inline(always)]
     fn bytes(self, from: &[u8; FOUR]) -> Self::Bytes {
         let parts: &Four<[u8; 16]> = bytemuck::cast_ref(from);
