@@ -18,6 +18,12 @@ use crate::tile::{TILE_ROWS, chain, chain_scalar, tiles};
 /// panels to keep the arithmetic busy.
 const ROW_PANELS: usize = 4;
 
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// Steps between two requests for memory, at least.
+const PIECE_STEPS_MIN: usize = 4;
+
 /// Steps of a panel that are widened at a time: 16 KiB, half of a first-level cache.
 const BLOCK_STEPS: usize = 256;
 
@@ -136,16 +142,21 @@ impl<F: Format> Chunk<'_, F> {
             for start in (0..self.inputs).step_by(BLOCK_STEPS) {
                 let end = self.inputs.min(start + BLOCK_STEPS);
                 let block = F::widened(simd, &steps[start..end], &mut widened);
+                // The tiles share in asking for what is widened next.
+                let mut ahead = steps.as_ptr().wrapping_add(end).cast::<u8>();
+                let share = size_of_val(&steps[start..end]).div_ceil(tiles(rows).count());
                 for (first, height) in tiles(rows) {
+                    let tile = BlockTile { first, start, block, ahead, ahead_bytes: share };
                     let sums = &mut sums[first..];
                     match height {
-                        1 => self.block_tile::<S, 1>(simd, first, start, block, sums),
-                        2 => self.block_tile::<S, 2>(simd, first, start, block, sums),
-                        3 => self.block_tile::<S, 3>(simd, first, start, block, sums),
-                        4 => self.block_tile::<S, 4>(simd, first, start, block, sums),
-                        5 => self.block_tile::<S, 5>(simd, first, start, block, sums),
-                        _ => self.block_tile::<S, TILE_ROWS>(simd, first, start, block, sums),
+                        1 => self.block_tile::<S, 1>(simd, &tile, sums),
+                        2 => self.block_tile::<S, 2>(simd, &tile, sums),
+                        3 => self.block_tile::<S, 3>(simd, &tile, sums),
+                        4 => self.block_tile::<S, 4>(simd, &tile, sums),
+                        5 => self.block_tile::<S, 5>(simd, &tile, sums),
+                        _ => self.block_tile::<S, TILE_ROWS>(simd, &tile, sums),
                     }
+                    ahead = ahead.wrapping_add(share);
                 }
             }
             for (row, sums) in sums[..rows].iter().enumerate() {
@@ -156,23 +167,38 @@ impl<F: Format> Chunk<'_, F> {
 
     /// Continues the chains of `R` rows through one block of one panel.
     #[inline(always)]
-    fn block_tile<S: Simd, const R: usize>(
-        &self,
-        simd: S,
-        first: usize,
-        start: usize,
-        block: &[Step<f32>],
-        sums: &mut [Block],
-    ) {
+    fn block_tile<S: Simd, const R: usize>(&self, simd: S, tile: &BlockTile<'_>, sums: &mut [Block]) {
         let mut rows: [&[f32]; R] = [&[]; R];
         let mut acc = [[simd.splat(0.0)]; R];
         for index in 0..R {
-            rows[index] = &self.row(first + index)[start..][..block.len()];
+            rows[index] = &self.row(tile.first + index)[tile.start..][..tile.block.len()];
             acc[index][0] = simd.load(&sums[index]);
         }
-        let acc = chain::<S, F32, R, 1>(simd, rows, [block], acc);
+        // One line of memory at a time: many at once would only be waited for.
+        let pieces = tile.ahead_bytes.div_ceil(LINE).max(1);
+        let piece = tile.block.len().div_ceil(pieces).max(PIECE_STEPS_MIN);
+        for (index, block) in tile.block.chunks(piece).enumerate() {
+            simd.prefetch(tile.ahead.wrapping_add(index * LINE));
+            let mut part = rows;
+            for part in &mut part {
+                *part = &part[index * piece..][..block.len()];
+            }
+            acc = chain::<S, F32, R, 1>(simd, part, [block], acc);
+        }
         for (sum, acc) in sums.iter_mut().zip(&acc) {
             simd.store(acc[0], sum);
         }
     }
+}
+
+/// A block of widened steps of one panel, and the rows that meet it.
+struct BlockTile<'a> {
+    /// The first row.
+    first: usize,
+    /// The first step.
+    start: usize,
+    block: &'a [Step<f32>],
+    /// What this tile asks for ahead of its use.
+    ahead: *const u8,
+    ahead_bytes: usize,
 }
