@@ -25,8 +25,8 @@ use crate::ingest::Board;
 use crate::model::Model;
 pub use crate::standing::{Conduct, Standing};
 
-/// How long a peer whose link broke is expected to come back. A node that was stopped for a moment and goes on finds its links
-/// given up; they are made anew in much less.
+/// How long a peer is expected whose link broke, or was not made yet when this node started. A node that was stopped for a moment
+/// and goes on finds its links given up; they are made anew in much less.
 const BACK_WITHIN: Duration = Duration::from_secs(1);
 
 /// The shared things of one node.
@@ -73,19 +73,21 @@ impl Services {
         is_up && !self.is_excluded(node)
     }
 
-    /// Whether work may be expected of a node now or in a moment: it is useful, or its link broke just now.
+    /// Whether work may be expected of a node now or in a moment: it is useful, or its link broke just now, or this node has
+    /// just started.
     #[must_use]
     pub fn is_expected(&self, node: &NodeId, peers: &BTreeMap<NodeId, PeerState>) -> bool {
         self.is_useful(node, peers)
             || self.back_within(peers.get(node)).is_some_and(|wait| !wait.is_zero()) && !self.is_excluded(node)
     }
 
-    /// How much longer a peer whose link broke is expected to come back; `None` when it is up, or away for another reason.
+    /// How much longer a peer that is away is expected; `None` when it is up, or away for another reason.
     fn back_within(&self, peer: Option<&PeerState>) -> Option<Duration> {
         match peer {
-            Some(PeerState::Down { since, reason: DownReason::Unreachable(_) | DownReason::Replaced }) => {
-                Some(since.saturating_add(BACK_WITHIN).saturating_sub(self.clock.now()))
-            }
+            Some(PeerState::Down {
+                since,
+                reason: DownReason::NotYet | DownReason::Unreachable(_) | DownReason::Replaced,
+            }) => Some(since.saturating_add(BACK_WITHIN).saturating_sub(self.clock.now())),
             _ => None,
         }
     }

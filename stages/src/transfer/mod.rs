@@ -8,9 +8,11 @@
 //! of the others decide without it, so one stalled node cannot hold up the rest. An honest node's inbox takes all that
 //! permits allow to be in flight, so only a stalled one is shed. A node that is proven to lie is sent nothing.
 //!
-//! A peer whose link comes up, late at a start or again after a break, is sent the requests that run without it. What more
-//! than f breaks have torn apart starts anew, as the next attempt, which is in the log first.
+//! A peer whose link comes up, late at a start or again after a break, is sent the requests that run without it, and the boundary
+//! values that were meant for it while it was expected. What more than f breaks have torn apart starts anew, as the next attempt,
+//! which is in the log first.
 
+mod held;
 mod running;
 pub mod wire;
 
@@ -22,7 +24,7 @@ use butterfly_engine::channel::{Item, Receiver, Sender};
 use butterfly_engine::frame::Frame;
 use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::telemetry::{Mark, TraceContext};
-use butterfly_engine::transport::{Delivery, PeerPort, PeerSender};
+use butterfly_engine::transport::{Delivery, PeerPort, PeerSendError, PeerSender};
 use butterfly_topology::NodeId;
 use butterfly_verify::{PrePrepare, Request};
 use futures::FutureExt;
@@ -32,6 +34,7 @@ use crate::error::{ButterflyError, CoordinationError};
 use crate::ingest::CancellationReceiver;
 use crate::items::{Assigned, Boundary, BoundaryValues, RequestId, Step, request_bytes};
 use crate::services::Services;
+use crate::transfer::held::Held;
 use crate::transfer::running::{Lacking, Running};
 use crate::transfer::wire::Message;
 
@@ -61,6 +64,7 @@ pub struct TransferStage {
     /// Requests that too few replicas took, to be sent again. Bounded by the permits of the requests.
     retries: VecDeque<Retry>,
     running: Running,
+    held: Held,
 }
 
 /// A request to be sent to its replicas.
@@ -99,7 +103,8 @@ impl TransferStage {
         steps: Sender<Step>,
         services: Services,
     ) -> Self {
-        Self { assigned, boundary, steps, services, retries: VecDeque::new(), running: Running::default() }
+        let (retries, running, held) = (VecDeque::new(), Running::default(), Held::default());
+        Self { assigned, boundary, steps, services, retries, running, held }
     }
 
     async fn run_inner(mut self: Box<Self>, mut context: StageContext) -> Result<(), StageError> {
@@ -196,6 +201,10 @@ impl TransferStage {
         if !self.replicas().contains(peer) {
             return Ok(());
         }
+        for frame in self.held.take(peer) {
+            // It loses its vote if it takes no frames again.
+            let _ = peers.try_send(peer, frame);
+        }
         let (needed, board) = (self.needed(), Arc::clone(&self.services.board));
         let slices = self.services.plan.slices.iter().map(|slice| slice.replicas.as_slice());
         let Lacking { resend, restart } = self.running.up(peer, slices, needed, |rd| board.is_living(rd));
@@ -242,7 +251,7 @@ impl TransferStage {
     }
 
     /// Sends boundary values to the replicas of the slice that takes them.
-    fn hand_on(&self, peers: &PeerSender, batch: &[Boundary]) {
+    fn hand_on(&mut self, peers: &PeerSender, batch: &[Boundary]) {
         #[cfg(feature = "adversary")]
         if self.services.behaviour == Some(Behaviour::Silent) {
             return;
@@ -258,8 +267,15 @@ impl TransferStage {
                 }
             };
             for node in slice.replicas.iter().filter(|node| !self.services.is_excluded(node)) {
-                if let Err(error) = peers.try_send(node, frame.clone()) {
-                    tracing::debug!(%node, %error, "boundary values were shed");
+                match peers.try_send(node, frame.clone()) {
+                    Ok(()) => {}
+                    Err(PeerSendError::Down(_)) if self.services.is_expected(node, &self.services.peers.borrow()) => {
+                        self.held.hold(node, frame.clone());
+                    }
+                    Err(error) => {
+                        tracing::debug!(%node, %error, "boundary values were shed");
+                        self.held.take(node);
+                    }
                 }
             }
         }
