@@ -101,7 +101,7 @@ fn share<F: Format>(
     let group = heads / cache.kv_heads();
     let rows = q.len() / (heads * head_dim);
     // Queries of one key head, row by row, and within a row head by head: neighbours attend to nearly the same positions.
-    let tiles: Vec<(usize, usize)> = tiles(rows * group).collect();
+    let tiles: Vec<(usize, usize)> = tiles(rows * group, false).collect();
     let out = Disjoint::new(out);
     let cost = TILE_ROWS * 2 * head_dim * reach.positions(rows);
     pool.split(cache.kv_heads() * tiles.len(), 1, cost, &|range: Range<usize>| {

@@ -55,6 +55,8 @@ pub use rope::{RopeError, RopeScaling, RopeTable, rope};
 
 #[cfg(target_arch = "x86_64")]
 pub use simd::avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+pub use simd::avx512::Avx512;
 
 #[cfg(target_arch = "aarch64")]
 pub use simd::neon::Neon;

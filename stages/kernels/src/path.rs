@@ -14,6 +14,8 @@ use crate::profile::{Output, path_outputs};
 use crate::simd::Kernel;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::avx2::Avx2;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::avx512::Avx512;
 #[cfg(target_arch = "aarch64")]
 use crate::simd::neon::Neon;
 
@@ -27,6 +29,12 @@ pub enum Path {
     /// x86-64 with AVX2, FMA and F16C (`x86-64-v3`).
     #[cfg(target_arch = "x86_64")]
     Avx2(Avx2),
+    /// x86-64 with AVX-512 F, BW, DQ and VL (`x86-64-v4`).
+    #[cfg(target_arch = "x86_64")]
+    Avx512(Avx512<false>),
+    /// The same with VNNI, which multiplies bytes and adds them up by fours.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Vnni(Avx512<true>),
     /// 64-bit Arm with NEON.
     #[cfg(target_arch = "aarch64")]
     Neon(Neon),
@@ -79,12 +87,16 @@ impl Path {
         &survey().refused
     }
 
-    /// `scalar`, `avx2`, `neon`.
+    /// `scalar`, `avx2`, `avx512`, `avx512-vnni`, `neon`.
     pub fn name(self) -> &'static str {
         match self {
             Path::Scalar => "scalar",
             #[cfg(target_arch = "x86_64")]
             Path::Avx2(_) => "avx2",
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512(_) => "avx512",
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512Vnni(_) => "avx512-vnni",
             #[cfg(target_arch = "aarch64")]
             Path::Neon(_) => "neon",
         }
@@ -97,6 +109,10 @@ impl Path {
             Path::Scalar => kernel.scalar(),
             #[cfg(target_arch = "x86_64")]
             Path::Avx2(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512(simd) => simd.run(kernel),
+            #[cfg(target_arch = "x86_64")]
+            Path::Avx512Vnni(simd) => simd.run(kernel),
             #[cfg(target_arch = "aarch64")]
             Path::Neon(simd) => simd.run(kernel),
         }
@@ -107,7 +123,11 @@ impl Path {
 fn candidates() -> Vec<Path> {
     let mut paths = Vec::new();
     #[cfg(target_arch = "x86_64")]
-    paths.extend(Avx2::detect().map(Path::Avx2));
+    {
+        paths.extend(Avx2::detect().map(Path::Avx2));
+        paths.extend(Avx512::detect().map(Path::Avx512));
+        paths.extend(Avx512::detect().map(Path::Avx512Vnni));
+    }
     #[cfg(target_arch = "aarch64")]
     paths.extend(Neon::detect().map(Path::Neon));
     paths

@@ -11,6 +11,8 @@ use crate::blocks::FOUR;
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod avx2;
+#[cfg(target_arch = "x86_64")]
+pub(crate) mod avx512;
 #[cfg(target_arch = "aarch64")]
 pub(crate) mod neon;
 
@@ -32,6 +34,10 @@ pub(crate) const ROUNDER: f32 = 12_582_912.0;
 /// a function that has the instructions enabled. A closure given to the standard library is not: what it runs on vectors
 /// becomes a call for each instruction, ten times as slow. Vector code is written as plain loops.
 pub(crate) trait Kernel {
+    /// True if it adds up products of bytes, for which some instruction sets have a variant of their own. All else is
+    /// then not compiled for that variant too.
+    const BYTES: bool = false;
+
     type Output;
 
     /// The definition.
@@ -43,6 +49,9 @@ pub(crate) trait Kernel {
 
 /// An instruction set. A value of the type is proof that this processor has it.
 pub(crate) trait Simd: Copy {
+    /// True if there are registers for twice the rows that fill AVX2.
+    const WIDE: bool = false;
+
     /// Sixteen f32.
     type F: Copy;
     /// Sixteen truth values.

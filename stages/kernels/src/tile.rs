@@ -11,6 +11,9 @@ use crate::simd::Simd;
 /// rows fill the sixteen registers of AVX2.
 pub(crate) const TILE_ROWS: usize = 6;
 
+/// Rows of a tile where there are registers for more ([`Simd::WIDE`]).
+pub(crate) const WIDE_ROWS: usize = 2 * TILE_ROWS;
+
 /// Continues one chain through the steps of a panel, in one lane: the definition.
 #[inline(always)]
 pub(crate) fn chain_scalar<F: Format>(row: &[f32], panel: &[Step<F::Stored>], lane: usize, start: f32) -> f32 {
@@ -56,14 +59,17 @@ pub(crate) fn chain<S: Simd, F: Format, const R: usize, const P: usize>(
     acc
 }
 
-/// Cuts `rows` into the fewest tiles of at most [`TILE_ROWS`], as equal as can be, and names each by its first row and
-/// its height.
-pub(crate) fn tiles(rows: usize) -> impl Iterator<Item = (usize, usize)> {
-    let count = rows.div_ceil(TILE_ROWS);
-    (0..count).map(move |tile| {
-        let first = tile * rows / count;
-        (first, (tile + 1) * rows / count - first)
-    })
+/// Cuts `rows` into tiles, and names each by its first row and its height: as many of [`WIDE_ROWS`] as there are, if
+/// `wide`, and the rest into the fewest of at most [`TILE_ROWS`], as equal as can be.
+pub(crate) fn tiles(rows: usize, wide: bool) -> impl Iterator<Item = (usize, usize)> {
+    let tall = if wide { rows / WIDE_ROWS } else { 0 };
+    let rest = rows - tall * WIDE_ROWS;
+    let count = rest.div_ceil(TILE_ROWS);
+    let talls = (0..tall).map(|tile| (tile * WIDE_ROWS, WIDE_ROWS));
+    talls.chain((0..count).map(move |tile| {
+        let first = tile * rest / count;
+        (rows - rest + first, (tile + 1) * rest / count - first)
+    }))
 }
 
 #[cfg(test)]
@@ -72,11 +78,11 @@ mod tests {
 
     #[test]
     fn tiles_cover_every_row_once() {
-        for rows in 0..100 {
+        for (rows, wide) in (0..100).flat_map(|rows| [(rows, false), (rows, true)]) {
             let mut next = 0;
-            for (first, height) in tiles(rows) {
+            for (first, height) in tiles(rows, wide) {
                 assert_eq!(first, next);
-                assert!((1..=TILE_ROWS).contains(&height));
+                assert!((1..=TILE_ROWS).contains(&height) || wide && height == WIDE_ROWS);
                 next += height;
             }
             assert_eq!(next, rows);

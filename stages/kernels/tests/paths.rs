@@ -33,7 +33,7 @@ fn pieces(numbers: &mut Numbers, len: usize) -> Vec<std::ops::Range<usize>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 40, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(definition::cases(40))]
 
     #[test]
     fn linear_is_its_definition(

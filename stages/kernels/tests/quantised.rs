@@ -21,7 +21,7 @@ fn comparable(values: &[f32]) -> Vec<u32> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 60, failure_persistence: None, ..ProptestConfig::default() })]
+    #![proptest_config(definition::cases(60))]
 
     #[test]
     fn linear_is_its_definition(

@@ -12,7 +12,7 @@ use super::{BLOCK_ROWS, Outputs};
 use crate::element::{F32, Format, Step};
 use crate::pool::Pool;
 use crate::simd::{Block, Kernel, LANES, Simd};
-use crate::tile::{TILE_ROWS, chain, chain_scalar, tiles};
+use crate::tile::{TILE_ROWS, WIDE_ROWS, chain, chain_scalar, tiles};
 
 /// Panels that one row advances together. A single chain waits for each of its own steps, so one row needs several
 /// panels to keep the arithmetic busy.
@@ -144,8 +144,8 @@ impl<F: Format> Chunk<'_, F> {
                 let block = F::widened(simd, &steps[start..end], &mut widened);
                 // The tiles share in asking for what is widened next.
                 let mut ahead = steps.as_ptr().wrapping_add(end).cast::<u8>();
-                let share = size_of_val(&steps[start..end]).div_ceil(tiles(rows).count());
-                for (first, height) in tiles(rows) {
+                let share = size_of_val(&steps[start..end]).div_ceil(tiles(rows, S::WIDE).count());
+                for (first, height) in tiles(rows, S::WIDE) {
                     let tile = BlockTile { first, start, block, ahead, ahead_bytes: share };
                     let sums = &mut sums[first..];
                     match height {
@@ -154,6 +154,7 @@ impl<F: Format> Chunk<'_, F> {
                         3 => self.block_tile::<S, 3>(simd, &tile, sums),
                         4 => self.block_tile::<S, 4>(simd, &tile, sums),
                         5 => self.block_tile::<S, 5>(simd, &tile, sums),
+                        WIDE_ROWS if S::WIDE => self.block_tile::<S, WIDE_ROWS>(simd, &tile, sums),
                         _ => self.block_tile::<S, TILE_ROWS>(simd, &tile, sums),
                     }
                     ahead = ahead.wrapping_add(share);

@@ -67,6 +67,8 @@ impl<S: Simd> Run for Vector<S> {
 }
 
 impl<B: Blocks> Kernel for Chunk<'_, B> {
+    const BYTES: bool = true;
+
     type Output = ();
 
     fn scalar(self) {
@@ -138,6 +140,8 @@ struct Tile<'a, B: Blocks, const R: usize, const P: usize> {
 }
 
 impl<B: Blocks, const R: usize, const P: usize> Kernel for Tile<'_, B, R, P> {
+    const BYTES: bool = true;
+
     type Output = ();
 
     fn scalar(self) {

@@ -8,6 +8,12 @@ pub mod blocks;
 use butterfly_kernels::{Dtype, Matrix, Path, Pool, WeightView, math};
 use proptest::prelude::*;
 
+/// `usual` random cases of each property, or as many as `PROPTEST_CASES` says, for where instructions are emulated.
+pub fn cases(usual: u32) -> ProptestConfig {
+    let cases = std::env::var("PROPTEST_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(usual);
+    ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
+}
+
 /// Pools of every path of this machine with 1, 2 and 3 threads.
 pub fn pools() -> Vec<Pool> {
     let paths = Path::available().into_iter();
