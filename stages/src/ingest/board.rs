@@ -9,7 +9,7 @@
 //!
 //! It refuses to know how a request is computed, and what a client is sent.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::net::SocketAddr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -29,8 +29,12 @@ use crate::model::Sampled;
 
 /// Clients that wait for one task at most.
 const WAITING_FOR_ONE_MAX: usize = 64;
-/// When to try again after there was no room.
+/// When to try again after there was no room: at least, and where nothing better is known.
 const RETRY_SOON: Duration = Duration::from_secs(1);
+/// When to try again after there was no room, at most.
+const RETRY_LATE: Duration = Duration::from_secs(120);
+/// Ends that say how fast tasks are served.
+const ENDS_MAX: usize = 64;
 /// Cancellations that wait to be sent; one more is dropped, and replicas let the request go when it expires.
 const CANCELLATIONS_WAITING_MAX: usize = 4096;
 
@@ -161,6 +165,19 @@ struct State {
     abandoned: Vec<RequestId>,
     /// When any task last got a permit, tokens or its end.
     moved: Duration,
+    /// When the last tasks that had a permit ended.
+    ends: VecDeque<Duration>,
+}
+
+impl State {
+    /// How long the tasks that wait will keep the places they have: as many as wait, at the rate at which the last ones ended.
+    /// In whole seconds, as clients are told.
+    fn until_room(&self, now: Duration) -> Duration {
+        let waiting = self.tasks.values().filter(|task| task.phase == Phase::Waiting).count().max(1);
+        let Some(since) = self.ends.front().map(|first| now.saturating_sub(*first)) else { return RETRY_SOON };
+        let seconds = since.as_secs_f64() * waiting as f64 / self.ends.len() as f64;
+        Duration::from_secs(seconds.ceil() as u64).clamp(RETRY_SOON, RETRY_LATE)
+    }
 }
 
 struct Task {
@@ -257,7 +274,17 @@ impl Board {
         if state.tasks.len() < self.room.tasks_max && bytes <= self.room.bytes_max.saturating_sub(state.bytes) {
             return Ok(());
         }
-        Err(SchedulingError::QueueFull { limit: self.room.waiting_max, retry_after: RETRY_SOON })
+        Err(SchedulingError::QueueFull {
+            limit: self.room.waiting_max,
+            retry_after: state.until_room(self.clock.now()),
+        })
+    }
+
+    /// What whoever finds no room is told.
+    #[must_use]
+    pub fn queue_full(&self) -> SchedulingError {
+        let retry_after = self.lock().until_room(self.clock.now());
+        SchedulingError::QueueFull { limit: self.room.waiting_max, retry_after }
     }
 
     fn put(&self, task: NewTask, is_new: bool) -> Result<(), SchedulingError> {
@@ -436,6 +463,12 @@ impl Board {
         }
         let Some(mut task) = self.remove(&mut state, rd) else { return };
         state.moved = now;
+        if task.phase == Phase::Running {
+            state.ends.push_back(now);
+            if state.ends.len() > ENDS_MAX {
+                state.ends.pop_front();
+            }
+        }
         drop(state);
         drop(task.permit.take());
         self.count_end(&task, &result, now);
@@ -476,7 +509,7 @@ impl Board {
         let mut state = self.lock();
         let Some(task) = state.tasks.get_mut(rd).filter(|task| task.lives()) else { return Ok(false) };
         if task.sinks.len() >= WAITING_FOR_ONE_MAX {
-            return Err(SchedulingError::QueueFull { limit: WAITING_FOR_ONE_MAX, retry_after: Duration::from_secs(1) });
+            return Err(SchedulingError::QueueFull { limit: WAITING_FOR_ONE_MAX, retry_after: RETRY_SOON });
         }
         sink.tokens(0, &task.kept);
         task.sinks.push(sink);
@@ -661,7 +694,7 @@ impl Board {
             metrics.prompt_tokens_total.inc_by(prompt_tokens as u64);
             if let Answer::Text { tokens, .. } = &completed.answer {
                 metrics.generation_tokens_total.inc_by(tokens.len() as u64);
-                if task.generated() == 0 {
+                if task.generated() == 0 && !tokens.is_empty() {
                     metrics.time_to_first_token_seconds.of(&label).record(now.saturating_sub(task.opened));
                 }
             }

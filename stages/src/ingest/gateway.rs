@@ -31,7 +31,7 @@ use super::origin;
 use super::reply::{Reply, ReplyReceiver, reply};
 use super::retry::{KEPT, Turns};
 use crate::commit::{Accepted, Entered, Journal, JournalError, Outcome, Record, RetryKey, TaskKind};
-use crate::error::{SchedulingError, TaskError};
+use crate::error::TaskError;
 use crate::items::{self, Priority, RequestId};
 use crate::model::{ChatError, Messages, Sampled, Tokenizer};
 use crate::services::Services;
@@ -582,10 +582,7 @@ impl Gateway {
     async fn reserve(&self, bytes: usize, is_alone: bool) -> Result<Permit<items::Request>, Failure> {
         let room = if is_alone { self.output.reserve(bytes).await } else { self.output.try_reserve(bytes) };
         room.map_err(|error| match error {
-            ReserveError::Full => {
-                let limit = self.services.board.room().waiting_max;
-                SchedulingError::QueueFull { limit, retry_after: Duration::from_secs(1) }.into()
-            }
+            ReserveError::Full => self.services.board.queue_full().into(),
             ReserveError::Closed => TaskError::Draining.into(),
             ReserveError::TooLarge { bytes_max, .. } => Failure::request_too_large(bytes_max),
         })

@@ -48,10 +48,9 @@ const BOUNDARIES_AT_ONCE_MAX: usize = 64;
 /// What one control message weighs, about, when there is more to send.
 const MESSAGE_BYTES: usize = 1 << 20;
 /// When a request that too few replicas took is sent again; after the last of them it fails.
-const RETRY_AFTER: [Duration; 4] =
-    [Duration::from_millis(100), Duration::from_millis(200), Duration::from_millis(400), Duration::from_millis(800)];
+const RETRY_AFTER: [Duration; 3] = [Duration::ZERO, Duration::from_millis(100), Duration::from_millis(200)];
 /// How far a gateway's clock may be from ours, in milliseconds.
-const SKEW_MS: u64 = 60_000;
+pub(crate) const SKEW_MS: u64 = 60_000;
 /// Longest life of a request, in milliseconds.
 pub const LIFE_MS_MAX: u64 = 600_000;
 

@@ -194,6 +194,29 @@ fn tokens_of_a_prompt_are_told_and_not_counted_as_generated() {
     assert!(matches!(late.next().now_or_never(), Some(Reply::Tokens(tokens)) if tokens == told));
 }
 
+/// Whoever finds no room is told when those who wait will have been served, at the rate at which tasks last ended.
+#[test]
+fn the_wait_for_room_follows_from_the_queue_and_from_how_fast_tasks_end() {
+    let fixture = fixture();
+    let wait = || match fixture.board.queue_full() {
+        SchedulingError::QueueFull { retry_after, .. } => retry_after.as_secs(),
+        other => panic!("{other}"),
+    };
+    assert_eq!(wait(), 1, "nothing is known yet");
+    let requests: Vec<Request> = (0..ROOM as u8).map(|number| request(number, "")).collect();
+    let _waiting: Vec<_> =
+        requests.iter().enumerate().map(|(at, one)| fixture.open(&format!("task-{at}"), one).unwrap()).collect();
+    for request in &requests[..2] {
+        fixture.board.running(&request.digest(), Box::new(()));
+        fixture.board.settle(&request.digest(), completed(request));
+        fixture.clock.advance(Duration::from_secs(3));
+    }
+    // Two ended in six seconds.
+    assert_eq!(wait(), 3 * (ROOM as u64 - 2));
+    fixture.clock.advance(Duration::from_secs(10_000));
+    assert_eq!(wait(), 120, "nothing has ended for hours");
+}
+
 #[test]
 fn a_task_whose_client_may_come_back_is_deserted_only_after_a_while() {
     let fixture = fixture();
