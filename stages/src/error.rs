@@ -15,7 +15,7 @@ pub enum ApiError {
     #[error("invalid request: {0}")]
     InvalidRequest(String),
     /// No such task.
-    #[error("no task '{0}'")]
+    #[error("there is no task '{0}' here: it never existed, or it ended so long ago that it is no longer kept")]
     TaskNotFound(String),
     /// The service cannot take requests now.
     #[error("service unavailable: {0}")]

@@ -207,6 +207,18 @@ pub const COMMIT: KindSignature = KindSignature {
             ValueSpec::Integer { min: 1, max: 1024 },
             Some("1024"),
         ),
+        key(
+            "keep_days",
+            "days for which finished tasks and their receipts are kept",
+            ValueSpec::Integer { min: 1, max: 36_500 },
+            Some("30"),
+        ),
+        key(
+            "keep_tasks",
+            "finished tasks that are kept at most; the oldest go first, but none of the last eleven minutes",
+            ValueSpec::Integer { min: 1, max: 1_000_000_000 },
+            Some("1000000"),
+        ),
     ],
     networked: false,
     full: &[WhenFull::Wait],

@@ -405,3 +405,51 @@ async fn the_dashboard_shows_what_is_measured() {
     }
     cluster.shutdown().await.unwrap();
 }
+
+/// A request that is taken up again after a crash keeps the trace and the id that it came with.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_resumed_request_keeps_its_trace() {
+    let folder = tempfile::tempdir().unwrap();
+    // Nobody votes, so the task lives when the log is copied, as a crash would leave it.
+    let mute = Loopback { adversaries: [(1, "silent"), (2, "silent")].into(), ..Loopback::default() };
+    let (before, after) = (folder.path().join("before"), folder.path().join("after"));
+    let cluster = mute.start(&before).await.unwrap();
+    cluster.meshed().await;
+    let headers = [
+        ("traceparent", "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"),
+        ("x-request-id", "req-before-the-crash"),
+    ];
+    let body = json!({ "prompt": "Ownership", "max_tokens": 8, "task_id": "traced", "wait": false }).to_string();
+    let gateway = At(cluster.http_address().unwrap());
+    let accepted = gateway.ask("POST", "/inference", &headers, body).await;
+    assert_eq!(accepted.status, 202, "{}", accepted.json());
+    std::fs::create_dir_all(after.join("n0")).unwrap();
+    std::fs::copy(before.join("n0/commit.redb"), after.join("n0/commit.redb")).unwrap();
+    assert_eq!(gateway.ask("DELETE", "/v1/requests/traced", &[], "").await.status, 200);
+    cluster.shutdown().await.unwrap();
+
+    let cluster = Loopback::default().start(&after).await.unwrap();
+    cluster.meshed().await;
+    let gateway = At(cluster.http_address().unwrap());
+    let answered = loop {
+        let task = gateway.ask("GET", "/inference/traced", &[], "").await.json();
+        match task["status"].as_str() {
+            Some("queued" | "running") => tokio::task::yield_now().await,
+            _ => break task,
+        }
+    };
+    assert_eq!(answered["status"], "completed", "{answered}");
+    let rd: butterfly_verify::Digest = answered["receipt_id"].as_str().unwrap().parse().unwrap();
+    // On its gateway, and on the nodes that voted: a node that came up later never heard of it.
+    let voters = answered["butterfly"]["replicas"][0]["nodes"].as_array().unwrap();
+    assert!(voters.len() >= 2, "{answered}");
+    for node in cluster.nodes.iter().map(butterfly::node::Node::services) {
+        if node.node.as_ref() == "n0" || voters.contains(&json!(node.node)) {
+            let context = node.telemetry.traces().context(&rd.0).expect("the request is followed");
+            assert_eq!(hex::encode(context.trace_id), "0af7651916cd43dd8448eb211c80319c");
+            let client = (hex::encode(context.parent_id), &*context.request_id);
+            assert_eq!(client, ("b7ad6b7169203331".to_owned(), headers[1].1));
+        }
+    }
+    cluster.shutdown().await.unwrap();
+}

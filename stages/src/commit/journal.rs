@@ -19,7 +19,7 @@ use butterfly_verify::{Answer, CheckpointCertificate, Digest, Entry, Epoch};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, mpsc, oneshot, watch};
 
 use super::log::{Change, Log};
-pub use super::log::{Checkpointed, JournalError, TASK_ID_BYTES_MAX};
+pub use super::log::{Checkpointed, JournalError, TASK_ID_BYTES_MAX, Window};
 pub use super::record::{Accepted, Open, Outcome, Record, RetryKey, Settled, TaskKind};
 use crate::items::RequestId;
 
@@ -260,6 +260,14 @@ impl Journal {
         self.change(vec![Change::Checkpoint(checkpointed)]).await.map(drop)
     }
 
+    /// Lets go of finished requests outside a window, of a bounded number at a time. Says whether there may be more.
+    ///
+    /// # Errors
+    /// When the log cannot be written.
+    pub async fn prune(&self, window: Window) -> Result<bool, JournalError> {
+        Ok(self.change(vec![Change::Prune(window)]).await? == [true])
+    }
+
     /// Receipts that are in no checkpoint yet.
     #[must_use]
     pub fn uncovered(&self) -> u64 {
@@ -267,7 +275,7 @@ impl Journal {
         receipts - covered
     }
 
-    /// Receipts that are in checkpoints.
+    /// Receipts that are in checkpoints, those among them that are no longer kept.
     #[must_use]
     pub fn covered(&self) -> u64 {
         self.log.receipts().1

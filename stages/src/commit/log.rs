@@ -8,6 +8,8 @@
 //!
 //! It refuses to know threads, and what the stored bytes mean, but for the root of an answer.
 
+mod window;
+
 use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
@@ -20,11 +22,12 @@ use redb::{
 };
 use sha2::{Digest as _, Sha256};
 
+pub use self::window::Window;
 use super::record::{self, Accepted, Open, Outcome, Record, RetryKey, Settled};
 use crate::items::RequestId;
 
 /// Version of the layout below. A log of another version is refused.
-const VERSION: u64 = 2;
+const VERSION: u64 = 3;
 /// Files up to this size are checked as a whole when they are opened.
 const WHOLE_BYTES_MAX: u64 = 1 << 30;
 /// Memory for cached pages, in bytes.
@@ -41,6 +44,8 @@ const OUTCOMES: TableDefinition<'_, u64, &[u8]> = TableDefinition::new("outcomes
 const OPEN: TableDefinition<'_, u64, u32> = TableDefinition::new("open");
 /// The latest request under a client's key for retries, and what else that key was used with.
 const KEYS: TableDefinition<'_, &[u8; 32], (u64, &[u8; 32])> = TableDefinition::new("keys");
+/// The key of a request that has one.
+const KEY_OF: TableDefinition<'_, u64, &[u8; 32]> = TableDefinition::new("key_of");
 /// Whose log it is, under `node`.
 const OWNER: TableDefinition<'_, &str, &str> = TableDefinition::new("owner");
 /// Certified requests in the order of their receipts, from 1: request id and root of the answer.
@@ -137,6 +142,8 @@ pub(super) enum Change {
     Evidence(Vec<u8>),
     /// Receipts up to a number are in a checkpoint.
     Checkpoint(Checkpointed),
+    /// What is outside a window goes, a bounded number of entries at a time. It has an effect while there may be more.
+    Prune(Window),
 }
 
 impl Change {
@@ -146,7 +153,7 @@ impl Change {
             + match self {
                 Self::Accept(accepted) => accepted.size_bytes(),
                 Self::Settle(settled) => settled.outcome.size_bytes(),
-                Self::Restart(_) | Self::Key(..) => 0,
+                Self::Restart(_) | Self::Key(..) | Self::Prune(_) => 0,
                 Self::Evidence(bytes) => bytes.len(),
                 Self::Checkpoint(checkpointed) => checkpointed.certificate.len(),
             }
@@ -334,11 +341,7 @@ impl Log {
     pub(super) fn keyed(&self, key: &[u8; 32]) -> Result<Option<([u8; 32], Record)>, JournalError> {
         let mut fingerprint = [0; 32];
         let record = self.find(|transaction| {
-            let table = match transaction.open_table(KEYS) {
-                // A log that was begun before there were keys.
-                Err(TableError::TableDoesNotExist(_)) => return Ok(None),
-                table => table?,
-            };
+            let table = transaction.open_table(KEYS)?;
             let Some(entry) = table.get(key)? else { return Ok(None) };
             let (sequence, found) = entry.value();
             fingerprint = *found;
@@ -446,6 +449,7 @@ struct Tables<'t> {
     outcomes: redb::Table<'t, u64, &'static [u8]>,
     open: redb::Table<'t, u64, u32>,
     keys: redb::Table<'t, &'static [u8; 32], (u64, &'static [u8; 32])>,
+    key_of: redb::Table<'t, u64, &'static [u8; 32]>,
     evidence: redb::Table<'t, &'static [u8; 32], &'static [u8]>,
     receipts: redb::Table<'t, u64, &'static [u8; 64]>,
     checkpoints: redb::Table<'t, u64, &'static [u8]>,
@@ -462,6 +466,7 @@ impl<'t> Tables<'t> {
             outcomes: transaction.open_table(OUTCOMES)?,
             open: transaction.open_table(OPEN)?,
             keys: transaction.open_table(KEYS)?,
+            key_of: transaction.open_table(KEY_OF)?,
             evidence: transaction.open_table(EVIDENCE)?,
             receipts: transaction.open_table(RECEIPTS)?,
             checkpoints: transaction.open_table(CHECKPOINTS)?,
@@ -475,6 +480,7 @@ impl<'t> Tables<'t> {
             Change::Key(rd, key) => self.key(rd, key),
             Change::Settle(settled) => self.settle(settled),
             Change::Restart(rd) => self.restart(rd),
+            Change::Prune(window) => self.prune(window),
             Change::Evidence(bytes) => {
                 let digest: [u8; 32] = Sha256::digest(bytes).into();
                 Ok(self.evidence.insert(&digest, bytes.as_slice())?.is_none())
@@ -503,6 +509,7 @@ impl<'t> Tables<'t> {
     fn key(&mut self, rd: &RequestId, key: &RetryKey) -> Result<bool, Fault> {
         let Some(sequence) = self.sequence(rd)? else { return Ok(false) };
         self.keys.insert(&key.key, (sequence, &key.fingerprint))?;
+        self.key_of.insert(sequence, &key.key)?;
         Ok(true)
     }
 

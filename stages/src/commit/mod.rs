@@ -7,11 +7,14 @@
 //! Invariants: a client hears of an end only when that end is in the log; of several ends of one request the log takes the
 //! first, and only that one is told. An end that cannot be written stops the node.
 //!
+//! Finished tasks are kept for a time and up to a number, which the topology sets.
+//!
 //! It refuses to know votes and HTTP.
 
 pub mod journal;
 mod log;
 mod record;
+mod retention;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -26,7 +29,7 @@ use futures::{FutureExt, StreamExt};
 
 pub use journal::{
     Accepted, Checkpointed, Entered, Journal, JournalError, Open, Outcome, Record, RetryKey, Segment, Settled,
-    TASK_ID_BYTES_MAX, TaskKind,
+    TASK_ID_BYTES_MAX, TaskKind, Window,
 };
 
 use crate::error::TaskError;
@@ -56,30 +59,11 @@ impl CommitStage {
 impl Stage for CommitStage {
     fn run(mut self: Box<Self>, context: StageContext) -> BoxFuture<'static, Result<(), StageError>> {
         async move {
-            let mut writing = FuturesOrdered::new();
-            let mut input_open = true;
-            context.ready();
-            while input_open || !writing.is_empty() {
-                // As long as it can take more, waiting for the disk is no work.
-                let has_room = writing.len() < BATCHES_WRITTEN_MAX;
-                tokio::select! {
-                    biased;
-                    Some(told) = writing.next() => told?,
-                    batch = self.input.recv_many(DECISIONS_AT_ONCE_MAX), if input_open && has_room => {
-                        input_open = !batch.is_empty();
-                        let mut batch = self.sort(batch);
-                        self.keep(std::mem::take(&mut batch.checkpoints), &context).await?;
-                        if !batch.settled.is_empty() || !batch.evidence.is_empty() {
-                            let began = context.clock.now();
-                            let Batch { settled, evidence, ends, .. } = batch;
-                            let entered = self.services.journal.enter_ends(settled, evidence).await.map_err(unwritten)?;
-                            writing.push_back(self.tell(entered, ends, began, &context));
-                        }
-                    }
-                    () = context.shutdown.completing(), if input_open => input_open = false,
-                }
+            let services = self.services.clone();
+            tokio::select! {
+                committed = self.commit_all(&context) => committed,
+                failed = retention::keep_within(&services, &context) => Err(failed),
             }
-            Ok(())
         }
         .boxed()
     }
@@ -90,6 +74,33 @@ fn unwritten(error: JournalError) -> StageError {
 }
 
 impl CommitStage {
+    async fn commit_all(&mut self, context: &StageContext) -> Result<(), StageError> {
+        let mut writing = FuturesOrdered::new();
+        let mut input_open = true;
+        context.ready();
+        while input_open || !writing.is_empty() {
+            // As long as it can take more, waiting for the disk is no work.
+            let has_room = writing.len() < BATCHES_WRITTEN_MAX;
+            tokio::select! {
+                biased;
+                Some(told) = writing.next() => told?,
+                batch = self.input.recv_many(DECISIONS_AT_ONCE_MAX), if input_open && has_room => {
+                    input_open = !batch.is_empty();
+                    let mut batch = self.sort(batch);
+                    self.keep(std::mem::take(&mut batch.checkpoints), context).await?;
+                    if !batch.settled.is_empty() || !batch.evidence.is_empty() {
+                        let began = context.clock.now();
+                        let Batch { settled, evidence, ends, .. } = batch;
+                        let entered = self.services.journal.enter_ends(settled, evidence).await.map_err(unwritten)?;
+                        writing.push_back(self.tell(entered, ends, began, context));
+                    }
+                }
+                () = context.shutdown.completing(), if input_open => input_open = false,
+            }
+        }
+        Ok(())
+    }
+
     /// Tells ends once they are in the log.
     fn tell(
         &self,

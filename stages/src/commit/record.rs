@@ -1,10 +1,13 @@
 //! What the log keeps of a request, and its bytes.
 //!
 //! Layout, little-endian. Accepted: rd (32), kind (1), priority (1), accepted_ms (8), client (length 2, bytes), task id (length 2,
-//! bytes), request (the rest). Outcome: 0, receipt (length 4, bytes), answer (the rest); 1, error (the rest); or 2, receipt,
+//! bytes), origin, request (the rest). Origin: 0; or 1, trace id (16), parent id (8), flags (1), id of the HTTP request
+//! (length 2, bytes). Outcome: 0, receipt (length 4, bytes), answer (the rest); 1, error (the rest); or 2, receipt,
 //! answer (each length 4, bytes), tokens with their log-probabilities (the rest).
 //!
 //! It refuses to know what receipt, answer and error say.
+
+use butterfly_engine::telemetry::TraceContext;
 
 use crate::items::{Priority, RequestId};
 
@@ -63,13 +66,16 @@ pub struct Accepted {
     pub client: String,
     /// The client's name for it.
     pub task_id: String,
+    /// The HTTP request and the trace that it came with. It is in no digest; a restart goes on with it.
+    pub origin: Option<TraceContext>,
     /// Canonical bytes of the request.
     pub request: Vec<u8>,
 }
 
 impl Accepted {
     pub(super) fn size_bytes(&self) -> usize {
-        self.client.len() + self.task_id.len() + self.request.len()
+        let origin = self.origin.as_ref().map_or(0, |origin| size_of::<TraceContext>() + origin.request_id.len());
+        self.client.len() + self.task_id.len() + origin + self.request.len()
     }
 }
 
@@ -153,11 +159,17 @@ pub(super) fn write_accepted(accepted: &Accepted) -> Vec<u8> {
     });
     bytes.push(accepted.priority.level());
     bytes.extend_from_slice(&accepted.accepted_ms.to_le_bytes());
-    for text in [&accepted.client, &accepted.task_id] {
-        // Both are bounded far below; a longer one would be cut at a character, never written wrongly.
-        let cut = text.floor_char_boundary(usize::from(u16::MAX));
-        bytes.extend_from_slice(&(cut as u16).to_le_bytes());
-        bytes.extend_from_slice(&text.as_bytes()[..cut]);
+    write_text(&mut bytes, &accepted.client);
+    write_text(&mut bytes, &accepted.task_id);
+    match &accepted.origin {
+        None => bytes.push(0),
+        Some(TraceContext { trace_id, parent_id, flags, request_id }) => {
+            bytes.push(1);
+            bytes.extend_from_slice(trace_id);
+            bytes.extend_from_slice(parent_id);
+            bytes.push(*flags);
+            write_text(&mut bytes, request_id);
+        }
     }
     bytes.extend_from_slice(&accepted.request);
     bytes
@@ -178,7 +190,24 @@ pub(super) fn read_accepted(bytes: &[u8]) -> Result<Accepted, Malformed> {
     let accepted_ms = u64::from_le_bytes(array(&mut rest, "time")?);
     let client = text(&mut rest, "client")?;
     let task_id = text(&mut rest, "task id")?;
-    Ok(Accepted { rd, kind, priority, accepted_ms, client, task_id, request: rest.to_vec() })
+    let origin = match array::<1>(&mut rest, "origin")? {
+        [0] => None,
+        [1] => {
+            let (trace_id, parent_id) = (array(&mut rest, "trace")?, array(&mut rest, "trace")?);
+            let [flags] = array(&mut rest, "trace")?;
+            let request_id = text(&mut rest, "id of the HTTP request")?.into();
+            Some(TraceContext { trace_id, parent_id, flags, request_id })
+        }
+        _ => return Err(Malformed("origin")),
+    };
+    Ok(Accepted { rd, kind, priority, accepted_ms, client, task_id, origin, request: rest.to_vec() })
+}
+
+fn write_text(bytes: &mut Vec<u8>, text: &str) {
+    // All are bounded far below; a longer one would be cut at a character, never written wrongly.
+    let cut = text.floor_char_boundary(usize::from(u16::MAX));
+    bytes.extend_from_slice(&(cut as u16).to_le_bytes());
+    bytes.extend_from_slice(text.as_bytes().get(..cut).unwrap_or_default());
 }
 
 pub(super) fn write_outcome(outcome: &Outcome) -> Vec<u8> {
@@ -256,12 +285,15 @@ mod tests {
             accepted_ms: 1_700_000_000_000,
             client: "lab".to_owned(),
             task_id: "übung-1".to_owned(),
+            origin: Some(TraceContext { trace_id: [1; 16], parent_id: [2; 8], flags: 1, request_id: "req-1".into() }),
             request: vec![1, 2, 3],
         }
     }
 
     #[test]
     fn records_read_back_and_every_cut_is_refused_or_shortens_only_the_tail() {
+        let own = Accepted { origin: None, ..accepted() };
+        assert_eq!(read_accepted(&write_accepted(&own)), Ok(own));
         let bytes = write_accepted(&accepted());
         assert_eq!(read_accepted(&bytes), Ok(accepted()));
         let head = bytes.len() - accepted().request.len();

@@ -176,7 +176,8 @@ impl Failure {
 
     /// No such receipt.
     pub fn receipt_not_found(id: &str) -> Self {
-        let message = format!("there is no receipt '{}' on this node", shortened(id));
+        let id = shortened(id);
+        let message = format!("there is no receipt '{id}' here: it never existed, or it is no longer kept");
         Self::new(StatusCode::NOT_FOUND, "receipt_not_found", message)
     }
 

@@ -89,6 +89,7 @@ impl Fixture {
             accepted_ms: 0,
             client: request.client.clone(),
             task_id: request.digest().to_string(),
+            origin: None,
             request: request.encode(),
         };
         self.journal.accept(accepted).await.unwrap();

@@ -439,6 +439,7 @@ impl Gateway {
             accepted_ms: request.now_ms,
             client: request.client.clone(),
             task_id: fresh.task_id.clone(),
+            origin: origin::current(),
             request: request.encode(),
         };
         let entered = self.services.journal.enter(accepted, fresh.key).await;

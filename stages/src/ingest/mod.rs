@@ -202,6 +202,9 @@ fn take_up(services: &Services, entry: &Open) -> Result<items::Request, TaskErro
         let life_ms = request.expires_ms.saturating_sub(request.now_ms);
         return Err(TaskError::DeadlineExceeded(Duration::from_millis(life_ms)));
     }
+    let traces = services.telemetry.traces();
+    traces.begin(accepted.rd.0, accepted.origin.as_ref());
+    traces.name(&accepted.rd.0, &accepted.task_id);
     let task = NewTask {
         task_id: accepted.task_id.clone(),
         kind: accepted.kind,

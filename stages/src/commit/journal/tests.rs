@@ -23,6 +23,7 @@ fn accepted(number: u64) -> Accepted {
         accepted_ms: number,
         client: "client".to_owned(),
         task_id: format!("task-{number}"),
+        origin: None,
         request: number.to_le_bytes().repeat(40),
     }
 }
@@ -226,10 +227,14 @@ fn killed_writer() {
 
 /// Runs [`killed_writer`] as a process of its own until it has written so many lines, or until it ends.
 fn run_and_kill(path: &Path, first: u64, lines: Option<u64>, failpoint: Option<(&str, u32)>) -> String {
+    run_and_kill_one("killed_writer", path, first, lines, failpoint)
+}
+
+fn run_and_kill_one(name: &str, path: &Path, first: u64, lines: Option<u64>, failpoint: Option<(&str, u32)>) -> String {
     let mut command = Command::new(std::env::current_exe().unwrap());
     command
         .args(["--ignored", "--nocapture", "--exact"])
-        .arg(format!("{}::killed_writer", module_path!().split_once("::").unwrap().1))
+        .arg(format!("{}::{name}", module_path!().split_once("::").unwrap().1))
         .env("BUTTERFLY_TEST_JOURNAL", path)
         .env("BUTTERFLY_TEST_FIRST", first.to_string())
         .stdout(Stdio::piped());
@@ -494,5 +499,194 @@ async fn a_large_log_opens_without_being_read_as_a_whole() {
         let again = Journal::over(Log::open_whole_up_to(&crashed, 0).unwrap(), &crashed).unwrap();
         assert_eq!(again.restore(&epoch), Ok(4 + round));
         assert_eq!(again.record(&rd(100 + round)).unwrap().unwrap().outcome, Some(certified(100 + round).outcome));
+    }
+}
+
+/// Everything that was accepted before this goes.
+fn older_than(old_ms: u64) -> Window {
+    Window { old_ms, records_max: u64::MAX, young_ms: 0 }
+}
+
+/// All beyond so many go, however young.
+fn at_most(records_max: u64) -> Window {
+    Window { old_ms: 0, records_max, young_ms: u64::MAX }
+}
+
+async fn prune_all(journal: &Journal, window: Window) {
+    while journal.prune(window).await.unwrap() {}
+}
+
+#[tokio::test]
+async fn what_is_too_old_or_too_much_goes_with_everything_that_names_it() {
+    let folder = tempfile::tempdir().unwrap();
+    let journal = open(&folder);
+    let key = |number: u64| RetryKey { key: [number as u8; 32], fingerprint: [0; 32] };
+    for number in 1..=20 {
+        // The key of the first is used again, and the task id of the second.
+        let again = if number == 12 { 1 } else { number };
+        let task_id = if number == 13 { accepted(2).task_id } else { accepted(number).task_id };
+        let entered = journal.enter(Accepted { task_id, ..accepted(number) }, Some(key(again))).await.unwrap();
+        entered.durable().await.unwrap();
+        if number != 3 {
+            journal.settle(vec![certified(number)]).await.unwrap();
+        }
+    }
+    prune_all(&journal, older_than(9)).await;
+    assert!(journal.record(&rd(1)).unwrap().is_some(), "no checkpoint has its receipt yet");
+    checkpoint(&journal, 6).await;
+    checkpoint(&journal, 8).await;
+    prune_all(&journal, older_than(9)).await;
+    let kept = |number: u64| journal.record(&rd(number)).unwrap().is_some();
+    let left: Vec<u64> = (1..=20).filter(|number| kept(*number)).collect();
+    assert_eq!(left, [3].into_iter().chain(9..=20).collect::<Vec<u64>>(), "what is open stays");
+    assert_eq!(journal.task("client", "task-1").unwrap(), None);
+    assert_eq!(journal.task("client", "task-2").unwrap().unwrap().accepted.rd, rd(13));
+    assert_eq!(journal.keyed(&[1; 32]).unwrap().unwrap().1.accepted.rd, rd(12));
+    assert_eq!(journal.keyed(&[2; 32]).unwrap(), None);
+    let epoch = crate::ingest::fixture::epoch(4096);
+    assert_eq!((journal.restore(&epoch), journal.covered()), (Ok(5), 14));
+    // Those that could be sent again stay, however many they are.
+    prune_all(&journal, Window { old_ms: 0, records_max: 2, young_ms: 11 }).await;
+    assert_eq!((9..=20).filter(|number| kept(*number)).collect::<Vec<u64>>(), (11..=20).collect::<Vec<u64>>());
+    checkpoint(&journal, 1024).await;
+    prune_all(&journal, at_most(0)).await;
+    assert_eq!((1..=20).filter(|number| kept(*number)).collect::<Vec<u64>>(), [3, 20], "the newest keeps its number");
+    journal.accept(accepted(1)).await.unwrap();
+    assert_eq!(journal.open_requests().unwrap().len(), 2);
+    drop(journal);
+    assert_eq!(open(&folder).restore(&epoch), Ok(0));
+}
+
+/// What one step of the property below does.
+#[derive(Debug, Clone)]
+enum Move {
+    Accept,
+    Settle(proptest::sample::Index),
+    Checkpoint,
+    Prune { old: u64, records_max: u64, young: u64 },
+    Reopen,
+}
+
+fn moves() -> impl proptest::strategy::Strategy<Value = Vec<Move>> {
+    use proptest::prelude::*;
+
+    let prune = (0..30_u64, 0..12_u64, 0..30_u64);
+    let prune = prune.prop_map(|(old, records_max, young)| Move::Prune { old, records_max, young });
+    let one = prop_oneof![
+        6 => Just(Move::Accept),
+        6 => any::<prop::sample::Index>().prop_map(Move::Settle),
+        2 => Just(Move::Checkpoint),
+        3 => prune,
+        1 => Just(Move::Reopen),
+    ];
+    prop::collection::vec(one, 1..60)
+}
+
+proptest::proptest! {
+    #![proptest_config(proptest::prelude::ProptestConfig { cases: 24, ..Default::default() })]
+
+    /// Whatever happens in whatever order: what is open and what is within the window stays, what is outside goes unless a
+    /// start or the next checkpoint needs it, and the log always holds what a start relies on.
+    #[test]
+    fn a_log_keeps_its_window_and_nothing_else(moves in moves()) {
+        let folder = tempfile::tempdir().unwrap();
+        let epoch = crate::ingest::fixture::epoch(4096);
+        let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+        let mut journal = open(&folder);
+        let (mut now, mut unsettled, mut finished) = (0, Vec::new(), Vec::new());
+        for one in moves {
+            match one {
+                Move::Accept => {
+                    now += 1;
+                    runtime.block_on(journal.accept(accepted(now))).unwrap();
+                    unsettled.push(now);
+                }
+                Move::Settle(which) if !unsettled.is_empty() => {
+                    let number = unsettled.swap_remove(which.index(unsettled.len()));
+                    let end = if number % 3 == 0 { failed(number) } else { certified(number) };
+                    runtime.block_on(journal.settle(vec![end])).unwrap();
+                    finished.push(number);
+                }
+                Move::Settle(_) => {}
+                Move::Checkpoint if journal.uncovered() > 0 => drop(runtime.block_on(checkpoint(&journal, 1024))),
+                Move::Checkpoint => {}
+                Move::Prune { old, records_max, young } => {
+                    let window =
+                        Window { old_ms: now.saturating_sub(old), records_max, young_ms: now.saturating_sub(young) };
+                    runtime.block_on(prune_all(&journal, window));
+                    let uncovered = journal.next_segment(&epoch, usize::MAX).unwrap().entries;
+                    finished.sort_unstable();
+                    let is_kept = |number: &u64| journal.record(&rd(*number)).unwrap().is_some();
+                    let mut excess = finished.len().saturating_sub(usize::try_from(records_max).unwrap());
+                    for number in &finished {
+                        let is_needed = *number == now || uncovered.iter().any(|entry| entry.rd == rd(*number));
+                        let is_outside = *number < window.old_ms || (excess > 0 && *number < window.young_ms);
+                        proptest::prop_assert_eq!(is_kept(number), is_needed || !is_outside, "{}", number);
+                        excess = excess.saturating_sub(usize::from(!is_kept(number)));
+                    }
+                    finished.retain(is_kept);
+                }
+                Move::Reopen => {
+                    drop(journal);
+                    journal = open(&folder);
+                }
+            }
+            unsettled.sort_unstable();
+            let left: Vec<u64> = journal.open_requests().unwrap().iter().map(|open| open.accepted.accepted_ms).collect();
+            proptest::prop_assert_eq!(&left, &unsettled);
+            proptest::prop_assert_eq!(journal.restore(&epoch), Ok(journal.uncovered()));
+        }
+    }
+}
+
+/// Not a test of its own: what [`a_process_that_dies_while_it_lets_go_loses_nothing_within_the_window`] runs and kills.
+#[test]
+#[ignore = "run by another test as a process of its own"]
+fn killed_pruner() {
+    let Ok(path) = std::env::var("BUTTERFLY_TEST_JOURNAL") else { return };
+    let first: u64 = std::env::var("BUTTERFLY_TEST_FIRST").unwrap().parse().unwrap();
+    let runtime = tokio::runtime::Builder::new_current_thread().build().unwrap();
+    runtime.block_on(async {
+        let journal = Journal::open(Path::new(&path)).unwrap();
+        for number in first.. {
+            journal.accept(accepted(number)).await.unwrap();
+            println!("accepted {number}");
+            if number % 7 != 0 {
+                journal.settle(vec![certified(number)]).await.unwrap();
+                println!("settled {number}");
+            }
+            if number % 4 == 0 {
+                checkpoint(&journal, 1024).await;
+                prune_all(&journal, at_most(KEPT)).await;
+            }
+        }
+    });
+}
+
+/// Finished requests that [`killed_pruner`] keeps.
+const KEPT: u64 = 10;
+
+#[test]
+fn a_process_that_dies_while_it_lets_go_loses_nothing_within_the_window() {
+    let epoch = crate::ingest::fixture::epoch(4096);
+    // Long enough for every step of letting go to be among them.
+    for (step, hits) in (60..72).map(|hits| (if hits % 2 == 0 { "applied" } else { "committed" }, hits)) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("commit.redb");
+        let mut promises = Promises::default();
+        promises.note(&run_and_kill_one("killed_pruner", &path, 1, None, Some((step, hits))));
+        promises.note(&run_and_kill_one("killed_pruner", &path, 1_000, Some(60), None));
+        let journal = Journal::open(&path).unwrap();
+        assert_eq!(journal.restore(&epoch), Ok(journal.uncovered()));
+        for number in promises.accepted.iter().filter(|number| **number % 7 == 0) {
+            assert!(journal.record(&rd(*number)).unwrap().is_some(), "{step} {hits}: open request {number}");
+        }
+        let newest: Vec<u64> = promises.settled.iter().rev().take(KEPT as usize).copied().collect();
+        for number in &newest {
+            let record = journal.record(&rd(*number)).unwrap().expect("within the window");
+            assert_eq!(record.outcome, Some(certified(*number).outcome));
+        }
+        let kept = promises.settled.iter().filter(|number| journal.record(&rd(**number)).unwrap().is_some()).count();
+        assert!(kept < promises.settled.len(), "{step} {hits}: {kept} are kept, and nothing has gone");
     }
 }
