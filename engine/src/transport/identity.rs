@@ -70,7 +70,7 @@ pub enum Refusal {
     #[error("another protocol version")]
     Version,
     /// It has another epoch: other members, model, profile or plan.
-    #[error("another epoch")]
+    #[error("another epoch: its roster, model, numerics profile or plan differs; compare the epoch.json of both nodes")]
     Epoch,
     /// It is not in the roster.
     #[error("not in the roster")]

@@ -483,6 +483,49 @@ mod tests {
         assert!(!ended.is_late(&Boundary { gateway: NodeIndex(1), ..end_of(1, 1) }), "of another gateway");
     }
 
+    /// Where memory reaches for one request, another waits until that one has ended, and is answered then.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn a_request_waits_while_memory_is_taken() {
+        let folder = tempfile::tempdir().unwrap();
+        let cluster = crate::loopback::Loopback::default().start(folder.path()).await.unwrap();
+        let services = cluster.nodes[2].services().clone();
+        let path = butterfly_kernels::Path::detect().unwrap();
+        let mut slices = Slices::new(Arc::clone(&services.model), &services.plan, 2, path);
+        slices.insert(0, services.model.load(services.plan.slices[0].layers.clone()).unwrap());
+        let (slices, pool) = (Arc::new(slices), Pool::new(1, path));
+        let request = |number: u8| {
+            let parts = butterfly_verify::RequestParts {
+                client: String::new(),
+                nonce: [number; 32],
+                model: services.model.manifest().name.clone(),
+                mode: butterfly_verify::Mode::Full,
+                input: butterfly_verify::Input::Tokens { tokens: vec![number.into(), 2, 3] },
+                params: butterfly_verify::Params { max_tokens: 4, ignore_eos: true, ..Default::default() },
+                now_ms: 1,
+                expires_ms: 2,
+            };
+            butterfly_verify::Request::new(parts).unwrap()
+        };
+        let bytes = slices.session_bytes(&request(0));
+        let mut state = State::new(Arc::clone(&slices), bytes + bytes / 2, services.clone());
+        for number in 0..3 {
+            let (body, gateway) = (request(number), "n0".parse().unwrap());
+            state.take(Step::Open { rd: body.digest(), body, attempt: 1, gateway });
+        }
+        let mut waited = Vec::new();
+        while let Some(pass) = state.next_pass(16) {
+            assert!(state.slots.len() == 1 && state.reserved_bytes == bytes, "one at a time");
+            waited.push(state.opening.len());
+            let passed = pass.run(&slices, &pool);
+            state.take_back(passed, Duration::ZERO);
+        }
+        waited.dedup();
+        assert_eq!(waited, [2, 1, 0], "each waited for the one before");
+        let finished = state.outcomes.iter().filter(|outcome| matches!(outcome, Outcome::Finished(_))).count();
+        assert_eq!((finished, state.reserved_bytes), (3, 0));
+        cluster.shutdown().await.unwrap();
+    }
+
     /// Whoever learns of a request can send it too, even before its gateway is heard: its gateway gets its votes all the same.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_request_that_another_gateway_sends_first_is_still_computed_for_its_own() {

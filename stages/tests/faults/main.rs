@@ -29,8 +29,11 @@
 //! | clock jumps | `ingest::board::tests::a_clock_that_jumps_ends_what_expired_and_nothing_else` |
 //! | expired in the queue | `http_api::a_deadline_ends_what_waits` |
 //! | queue full | `http_api::a_full_queue_says_so_at_once_and_writes_nothing` |
-//! | memory budget too small for all requests at once | [`a_budget_for_one_request_serves_many_one_after_another`] |
-//! | peer of another epoch, peer with another key | `transport::tests::meshes::another_epoch_is_refused`, `transport::tests::meshes::another_key_is_refused` |
+//! | memory budget too small for all requests at once | `compute::tests::a_request_waits_while_memory_is_taken`, [`a_budget_for_one_request_serves_many_one_after_another`] |
+//! | log that outgrows its window | `commit::journal::tests::a_process_that_dies_while_it_lets_go_loses_nothing_within_the_window` |
+//! | model file changed on disk | [`a_model_that_was_changed_on_disk_is_named`] |
+//! | peer of another epoch | [`a_node_of_another_epoch_is_refused_and_named`], `transport::tests::meshes::another_epoch_is_refused` |
+//! | peer with another key | `transport::tests::meshes::another_key_is_refused` |
 //! | another key than the topology says, missing key, key that others can read | [`keys_that_will_not_do_are_named`] |
 //! | port in use | [`a_port_in_use_is_named`] |
 //! | gateway that sends another's request first | `compute::tests::a_request_that_another_gateway_sends_first_is_still_computed_for_its_own` |
@@ -112,10 +115,14 @@ async fn is_answered(cluster: &Processes) {
 
 /// The node does not start, and its last words say why.
 fn refuses_to_start(cluster: &mut Processes, index: usize, words: &[&str]) {
+    ends_at_start(cluster, index, 4, words);
+}
+
+fn ends_at_start(cluster: &mut Processes, index: usize, code: i32, words: &[&str]) {
     cluster.spawn(index);
     let status = cluster.wait_for_end(index);
     let log = cluster.log(index);
-    assert_eq!(status.code(), Some(4), "{log}");
+    assert_eq!(status.code(), Some(code), "{log}");
     for word in words {
         assert!(log.contains(word), "{word:?} is missing in\n{log}");
     }
@@ -126,8 +133,8 @@ async fn a_full_disk_stops_the_gateway_and_loses_nothing_acknowledged() {
     let mut cluster = Processes::start(&mlp()).await;
     cluster.kill(0);
     let size = std::fs::metadata(cluster.path("data/n0/commit.redb")).unwrap().len();
-    // Room for the file to grow once.
-    cluster.spawn_on_full_disk(0, 2 * size);
+    // Room for the file to grow a few times; it doubles.
+    cluster.spawn_on_full_disk(0, 4 * size);
     cluster.wait_until_up(2).await;
     let mut acknowledged = Vec::new();
     let mut next = 0..;
@@ -191,6 +198,60 @@ async fn keys_that_will_not_do_are_named() {
     refuses_to_start(&mut cluster, 2, &["n2.key", "No such file"]);
     std::fs::write(&key, own).unwrap();
     std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).unwrap();
+    cluster.spawn(2);
+    until_node(cluster.http, "n2", |entry| entry["state"] == "up").await;
+}
+
+/// What the reviewed plan says of the model is held against the files that are there.
+#[tokio::test(flavor = "multi_thread")]
+async fn a_model_that_was_changed_on_disk_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = folder.path().join("model");
+    std::fs::create_dir(&model).unwrap();
+    for file in support::folder(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/sharded-f16").as_ref()) {
+        std::fs::copy(&file, model.join(file.file_name().unwrap())).unwrap();
+    }
+    let mut cluster =
+        Processes::start(&Loopback { model: model.to_str().unwrap().to_owned(), ..Loopback::default() }).await;
+    let topology = cluster.path("topology.toml");
+    let planned =
+        std::process::Command::new(env!("CARGO_BIN_EXE_butterfly")).arg("plan").arg(&topology).arg("--write").output();
+    assert!(planned.unwrap().status.success());
+    cluster.kill(2);
+    let weights =
+        support::folder(&model).into_iter().find(|file| file.extension().is_some_and(|kind| kind == "safetensors"));
+    let weights = weights.unwrap();
+    let own = std::fs::read(&weights).unwrap();
+    let mut changed = own.clone();
+    *changed.last_mut().unwrap() ^= 1;
+    std::fs::write(&weights, changed).unwrap();
+    let model = format!("the files of {} are not those that were reviewed", model.display());
+    ends_at_start(&mut cluster, 2, 3, &["topology.lock", "model: ", &model, "bring them back"]);
+    std::fs::write(&weights, own).unwrap();
+    cluster.spawn(2);
+    until_node(cluster.http, "n2", |entry| entry["state"] == "up").await;
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn a_node_of_another_epoch_is_refused_and_named() {
+    let mut cluster = Processes::start(&Loopback::default()).await;
+    let topology = cluster.path("topology.toml");
+    let own = std::fs::read_to_string(&topology).unwrap();
+    // As after a change of the file that did not reach every machine: another trust domain for one of the others.
+    let other = own.replacen("domain = \"lab-b\"", "domain = \"elsewhere\"", 1);
+    assert_ne!(own, other);
+    cluster.kill(2);
+    std::fs::write(&topology, other).unwrap();
+    cluster.spawn(2);
+    let says = |entry: &Value| entry["reason"].as_str().is_some_and(|reason| reason.contains("another epoch"));
+    let entry = until_node(cluster.http, "n2", says).await;
+    let reason = entry["reason"].as_str().unwrap();
+    assert!(reason.contains("roster, model, numerics profile or plan") && reason.contains("epoch.json"), "{reason}");
+    let (status, response) =
+        call(cluster.http, "POST", "/v1/completions", Some(completion("Ownership is", 4))).await.unwrap();
+    assert_eq!(status, 200, "the others go on: {response}");
+    cluster.kill(2);
+    std::fs::write(&topology, own).unwrap();
     cluster.spawn(2);
     until_node(cluster.http, "n2", |entry| entry["state"] == "up").await;
 }

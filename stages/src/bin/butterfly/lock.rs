@@ -129,10 +129,11 @@ pub(crate) fn beside(topology: &Path) -> PathBuf {
     topology.with_extension("lock")
 }
 
-/// Refuses a plan that is another than the one that was reviewed.
-pub(crate) fn check(topology: &Path, plan: &Plan, epoch: &Epoch) -> Result<(), Failure> {
+/// Refuses a plan that is another than the one that was reviewed; `model` is where the model lies.
+pub(crate) fn check(topology: &Path, model: &str, plan: &Plan, epoch: &Epoch) -> Result<(), Failure> {
     let Some(lock) = Lock::read(topology)? else { return Ok(()) };
-    let differences = lock.differences(&Lock::new(plan, epoch));
+    let found = Lock::new(plan, epoch);
+    let differences = lock.differences(&found);
     if differences.is_empty() {
         return Ok(());
     }
@@ -141,7 +142,14 @@ pub(crate) fn check(topology: &Path, plan: &Plan, epoch: &Epoch) -> Result<(), F
         Exit::InvalidTopology,
         format!("the plan is another than that of {}:\n  {}", path.display(), differences.join("\n  ")),
     )
-    .help(format!("if that is what you want: butterfly plan {} --write", topology.display())))
+    .help(match lock.model == found.model {
+        true => format!("if that is what you want: butterfly plan {} --write", topology.display()),
+        false => format!(
+            "the files of {model} are not those that were reviewed: bring them back; or if that is what you want: \
+             butterfly plan {} --write",
+            topology.display()
+        ),
+    }))
 }
 
 fn malformed(path: &Path, problem: &dyn std::fmt::Display) -> Failure {

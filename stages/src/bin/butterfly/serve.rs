@@ -83,7 +83,8 @@ async fn serve(topology: &Topology, options: Vec<NodeOptions>, file: &Path) -> R
         nodes.push(Node::start(options).await.map_err(|error| cannot(&node, &error))?);
     }
     if let Some(node) = nodes.first() {
-        lock::check(file, &node.services().plan, &node.services().epoch)?;
+        let services = node.services();
+        lock::check(file, &topology.cluster.model, &services.plan, &services.epoch)?;
     }
     write_epoch(topology, &nodes, file.parent().unwrap_or(Path::new("")))?;
     let serving = async {
