@@ -8,6 +8,7 @@ whole one.
 
 import os
 import pathlib
+import subprocess
 import sys
 import unittest
 import uuid
@@ -64,6 +65,23 @@ class OpenAi(unittest.TestCase):
         self.assertEqual("".join(c.choices[0].text for c in chunks if c.choices), whole.choices[0].text)
         self.assertEqual(chunks[-1].usage, whole.usage)
         self.assertEqual(chunks[-2].choices[0].finish_reason, whole.choices[0].finish_reason)
+
+    def test_a_prompt_is_scored_as_harnesses_ask_for_it(self):
+        ask = {"model": MODEL, "temperature": 0, "logprobs": 1}
+        answer = self.client.completions.create(prompt=PROMPT, max_tokens=4, echo=True, **ask).choices[0]
+        self.assertTrue(answer.text.startswith(PROMPT))
+        self.assertIsNone(answer.logprobs.token_logprobs[0])
+        scored = self.client.completions.create(prompt=answer.text, max_tokens=0, echo=True, **ask)
+        self.assertEqual(scored.choices[0].text, answer.text)
+        self.assertEqual(scored.usage.completion_tokens, 0)
+        self.assertTrue(all(logprob <= 0 for logprob in scored.choices[0].logprobs.token_logprobs[1:]))
+
+    def test_the_example_runs(self):
+        example = pathlib.Path(__file__).parent.parent / "examples/python/client.py"
+        environment = {**os.environ, "BUTTERFLY_URL": f"{self.cluster.url}/v1", "BUTTERFLY_API_KEY": KEY}
+        ran = subprocess.run([sys.executable, example, PROMPT], env=environment, capture_output=True, text=True)
+        self.assertEqual(ran.returncode, 0, ran.stderr)
+        self.assertIn("certified", ran.stderr)
 
     def test_errors_are_of_their_class(self):
         with self.assertRaises(openai.AuthenticationError) as caught:

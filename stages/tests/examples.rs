@@ -5,6 +5,7 @@
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
+use butterfly::loopback::Loopback;
 use butterfly::registry::{SIGNATURES, catalogue};
 
 fn examples() -> PathBuf {
@@ -49,6 +50,32 @@ fn the_custom_stage_runs_from_its_topology_file() {
     let (allowed, refused) = text.split_once("\"The unsafe keyword\"").expect("both prompts");
     assert!(allowed.contains("HTTP/1.1 200") && allowed.contains("receipt_id"), "{allowed}");
     assert!(refused.contains("HTTP/1.1 400") && refused.contains("must not contain"), "{refused}");
+}
+
+/// The client of the examples, beside a running cluster.
+#[tokio::test(flavor = "multi_thread")]
+async fn the_client_streams_an_answer_and_names_its_receipt() {
+    let program = std::env::current_exe().unwrap().parent().unwrap().with_file_name("examples").join("client");
+    assert!(program.is_file(), "{} is built by `cargo test`, without --test", program.display());
+    let folder = tempfile::tempdir().unwrap();
+    let cluster = Loopback::default().start(folder.path()).await.unwrap();
+    cluster.meshed().await;
+    let url = format!("http://{}", cluster.http_address().unwrap());
+    let run = move |prompt: String| {
+        let output =
+            Command::new(program).arg(prompt).env("BUTTERFLY_URL", url).env_remove("BUTTERFLY_API_KEY").output();
+        let output = output.unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (output.status, text(output.stdout), text(output.stderr))
+    };
+    let client = run.clone();
+    let (status, said, proof) = tokio::task::spawn_blocking(move || client("Ownership is".to_owned())).await.unwrap();
+    assert!(status.success(), "{proof}");
+    assert!(said.starts_with("Ownership is") && said.trim_end().len() > "Ownership is".len(), "{said}");
+    assert!(proof.starts_with("receipt ") && proof.contains("certified"), "{proof}");
+    let (status, _, failure) = tokio::task::spawn_blocking(move || run("word ".repeat(5000))).await.unwrap();
+    assert!(!status.success() && failure.contains("context_length_exceeded"), "{failure}");
+    cluster.shutdown().await.unwrap();
 }
 
 /// The command in the systemd unit is one that the program understands: only the topology is missing here.

@@ -10,7 +10,7 @@ use std::sync::Arc;
 use axum::extract::{Extension, Request, State};
 use axum::response::Response;
 
-use super::ask::{Ask, AskInput, Rules, must_generate};
+use super::ask::{Ask, AskInput, Rules};
 use super::choices::{self, Wishes};
 use super::completions::TEMPERATURE_DEFAULT;
 use super::errors::Failure;
@@ -34,11 +34,7 @@ pub(super) async fn submit(
 }
 
 async fn admit(front: &Front, client: Caller, request: Request) -> Result<(Wishes, Vec<Admitted>), Failure> {
-    let version = request.version();
-    let (body, mut fields) = front.fields(request).await?;
-    front.check_model(&mut fields)?;
-    must_generate(front.gateway.services.model.manifest())?;
-    let wishes = Wishes::new(Form::Chat, &mut fields, version)?;
+    let (body, mut fields, wishes) = choices::begin(front, Form::Chat, request).await?;
     let said = std::mem::take(&mut fields.messages).value("messages")?;
     let said = said.ok_or_else(|| Failure::invalid_value("messages", "messages is missing: a list of messages"))?;
     let logprobs = logprobs(&fields)?;

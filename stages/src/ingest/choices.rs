@@ -4,18 +4,21 @@
 //!
 //! It refuses to know streams from the inside.
 
-use axum::Json;
 use axum::http::Version;
 use axum::response::{IntoResponse, Response};
+use axum::{Json, extract};
 use butterfly_verify::limits::LOGPROBS_MAX;
 use butterfly_verify::{Answer, Input, Request};
 use futures::future::try_join_all;
 
+use super::ask;
+use super::body::ReadBody;
 use super::errors::Failure;
 use super::fields::{self, Fields};
 use super::gateway::{Admitted, Awaited, Gateway};
 use super::logprobs::LogProbForms;
 use super::render::{Choice, Form, Head, Proof, Usage, finish_reason};
+use super::routes::Front;
 use super::stream;
 use crate::error::TaskError;
 use crate::model::Tokenizer;
@@ -61,6 +64,24 @@ impl Wishes {
         }
         Ok(Self { form, stream, include_usage, return_token_ids, echo })
     }
+}
+
+/// Reads a request for text as far as all forms of it are alike: its fields, and what concerns the response alone. The body is
+/// held until everything has been taken from it.
+///
+/// # Errors
+/// When the node takes no requests, the model generates no text, or a field cannot be kept.
+pub(super) async fn begin(
+    front: &Front,
+    form: Form,
+    request: extract::Request,
+) -> Result<(ReadBody, Fields, Wishes), Failure> {
+    let version = request.version();
+    let (body, mut fields) = front.fields(request).await?;
+    front.check_model(&mut fields)?;
+    ask::must_generate(front.gateway.services.model.manifest())?;
+    let wishes = Wishes::new(form, &mut fields, version)?;
+    Ok((body, fields, wishes))
 }
 
 /// How many of the likeliest tokens are wanted with their log-probabilities, as a field says.

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use axum::extract::{Extension, Request, State};
 use axum::response::Response;
 
-use super::ask::{self, Ask, AskInput, COMPLETION_TOKENS, Rules};
+use super::ask::{Ask, AskInput, COMPLETION_TOKENS, Rules};
 use super::choices::{self, Wishes};
 use super::errors::Failure;
 use super::fields::Fields;
@@ -34,11 +34,7 @@ pub(super) async fn submit(
 }
 
 async fn admit(front: &Front, client: Caller, request: Request) -> Result<(Wishes, Vec<Admitted>), Failure> {
-    let version = request.version();
-    let (body, mut fields) = front.fields(request).await?;
-    front.check_model(&mut fields)?;
-    ask::must_generate(front.gateway.services.model.manifest())?;
-    let wishes = Wishes::new(Form::Completion, &mut fields, version)?;
+    let (body, mut fields, wishes) = choices::begin(front, Form::Completion, request).await?;
     let prompts = std::mem::take(&mut fields.prompt).value("prompt")?;
     let prompts =
         prompts.ok_or_else(|| Failure::invalid_value("prompt", "prompt is missing: a string or token ids"))?;
