@@ -255,7 +255,14 @@ async fn a_retry_joins_the_task_that_runs() {
     let mut first = TcpStream::connect(gateway.address).await.unwrap();
     first.write_all(format!("{head}{body}").as_bytes()).await.unwrap();
     let services = gateway.cluster.nodes[0].services();
-    while services.telemetry.metrics().tasks_running.get() == 0 {
+    // It may run before it is in the log, where the retry looks for it; after some tokens it is there.
+    let tokens = || {
+        let open = services.journal.open_requests().unwrap();
+        open.first()
+            .and_then(|open| services.board.status("", &open.accepted.task_id))
+            .map_or(0, |status| status.tokens)
+    };
+    while tokens() < 8 {
         tokio::task::yield_now().await;
     }
     drop(first);
