@@ -169,7 +169,7 @@ pub(crate) fn run(args: &KernelsArgs) -> anyhow::Result<Figures> {
     let reached = args.shape.threads.iter().map(|threads| loaded.reached(&args.shape, *threads));
     Ok(Figures {
         model: loaded.model.manifest().name.clone(),
-        path: format!("{:?}", loaded.path),
+        path: loaded.path.name().to_owned(),
         load_s: loaded.seconds,
         weight_mb: loaded.slice.weight_bytes() as f64 / 1e6,
         reached: reached.collect::<anyhow::Result<_>>()?,
