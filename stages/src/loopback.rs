@@ -210,18 +210,17 @@ impl Cluster {
         }
     }
 
-    /// Drains and stops every node, gateways first.
+    /// Drains and stops the gateway, then all other nodes together.
     ///
     /// # Errors
     /// The first failure of a node.
     pub async fn shutdown(self) -> Result<(), NodeError> {
-        let mut first = Ok(());
-        for node in self.nodes {
-            let stopped = node.shutdown().await;
-            if first.is_ok() {
-                first = stopped;
-            }
-        }
-        first
+        let mut nodes = self.nodes.into_iter();
+        let gateway = match nodes.next() {
+            Some(gateway) => gateway.shutdown().await,
+            None => Ok(()),
+        };
+        let others = futures::future::join_all(nodes.map(Node::shutdown)).await;
+        others.into_iter().fold(gateway, Result::and)
     }
 }

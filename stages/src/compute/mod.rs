@@ -13,7 +13,7 @@ mod pass;
 mod session;
 mod waiting;
 
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -271,14 +271,25 @@ impl State {
         self.outcomes.front().map_or(0, Item::size_bytes)
     }
 
-    /// Draining waits while requests are open here.
+    /// Draining waits while requests are open here that a gateway elsewhere may still want: a replica whose peers were
+    /// quicker to leave lacks their rows for good. What this node's own gateway waits for, it holds itself.
     fn update_hold(&mut self, context: &StageContext) {
         let idle = self.slots.is_empty() && self.opening.is_empty();
-        match (&self.hold, idle) {
-            (Some(_), true) => self.hold = None,
-            (None, false) => self.hold = Some(context.shutdown.hold("compute has open requests")),
+        let held = !idle && (context.shutdown.is_running() || self.is_awaited());
+        match (&self.hold, held) {
+            (Some(_), false) => self.hold = None,
+            (None, true) => self.hold = Some(context.shutdown.hold("compute has open requests")),
             _ => {}
         }
+    }
+
+    /// Whether a gateway on another node may still take what comes out of an open request.
+    fn is_awaited(&self) -> bool {
+        let peers = self.services.peers.borrow();
+        let runs = self.slots.keys().map(|key| key.run).chain(self.opening.iter().map(Open::run));
+        let gateways: BTreeSet<NodeIndex> = runs.map(|(_, gateway)| gateway).collect();
+        let mut gateways = gateways.into_iter().filter_map(|index| self.services.epoch.member(index)?.id.parse().ok());
+        gateways.any(|id: NodeId| id != self.services.node && self.services.is_expected(&id, &peers))
     }
 
     fn take(&mut self, step: Step) {
@@ -463,6 +474,7 @@ impl State {
 
 #[cfg(test)]
 mod tests {
+    use butterfly_engine::transport::PeerState;
     use butterfly_verify::Digest;
 
     use super::*;
@@ -569,6 +581,46 @@ mod tests {
             })
             .collect();
         assert_eq!(voted_for.into_iter().collect::<Vec<_>>(), ["n0", "n1"]);
+        cluster.shutdown().await.unwrap();
+    }
+
+    /// A replica whose peers were quicker to leave does not keep its node for a gateway that has left too.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn draining_waits_for_requests_of_gateways_that_are_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let loopback = crate::loopback::Loopback { model: "builtin:mlp".into(), ..Default::default() };
+        let mut cluster = loopback.start(folder.path()).await.unwrap();
+        cluster.meshed().await;
+        let services = cluster.nodes[2].services().clone();
+        let path = butterfly_kernels::Path::detect().unwrap();
+        let slices = Slices::new(Arc::clone(&services.model), &services.plan, 2, path);
+        let mut state = State::new(Arc::new(slices), 1 << 30, services.clone());
+        let body = butterfly_verify::Request::new(butterfly_verify::RequestParts {
+            client: String::new(),
+            nonce: [1; 32],
+            model: services.model.manifest().name.clone(),
+            mode: butterfly_verify::Mode::Full,
+            input: butterfly_verify::Input::Vector { values: vec![0.5; services.model.manifest().input_width] },
+            params: butterfly_verify::Params::default(),
+            now_ms: 1,
+            expires_ms: 2,
+        });
+        let body = body.unwrap();
+        let open = |gateway: &str| Step::Open {
+            rd: body.digest(),
+            body: body.clone(),
+            attempt: 1,
+            gateway: gateway.parse().unwrap(),
+        };
+        state.take(open("n2"));
+        assert!(!state.is_awaited(), "its own gateway holds for itself");
+        state.take(open("n0"));
+        assert!(state.is_awaited());
+        cluster.nodes.remove(0).shutdown().await.unwrap();
+        let mut peers = services.peers.clone();
+        let left = |peers: &BTreeMap<NodeId, PeerState>| matches!(peers["n0"], PeerState::Down { .. });
+        peers.wait_for(left).await.unwrap();
+        assert!(!state.is_awaited());
         cluster.shutdown().await.unwrap();
     }
 
