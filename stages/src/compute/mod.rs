@@ -21,6 +21,7 @@ use butterfly_engine::channel::{Item, Receiver, Sender};
 use butterfly_engine::shutdown::DrainHold;
 use butterfly_engine::stage::{Stage, StageContext, StageError};
 use butterfly_engine::telemetry::{Event, Mark};
+use butterfly_engine::transport::{DownReason, PeerState};
 use butterfly_kernels::Pool;
 use butterfly_topology::NodeId;
 use butterfly_verify::NodeIndex;
@@ -458,11 +459,18 @@ impl State {
         }
     }
 
-    /// Drops requests that nobody waits for any more.
+    /// Drops requests that nobody waits for any more: their time is over, or their gateway has left. Should that one still
+    /// want an answer after its restart, it starts the request anew.
     fn sweep(&mut self, now_ms: u64) {
-        self.opening.retain(|open| open.body.expires_ms > now_ms);
-        let expired: Vec<Key> =
-            self.slots.iter().filter(|(_, slot)| slot.expires_ms <= now_ms).map(|(key, _)| *key).collect();
+        let has_left = |(id, state): (&NodeId, &PeerState)| {
+            let left = matches!(state, PeerState::Down { reason: DownReason::Left, .. });
+            left.then(|| self.services.epoch.index_of(id.as_ref())).flatten()
+        };
+        let left: BTreeSet<NodeIndex> = self.services.peers.borrow().iter().filter_map(has_left).collect();
+        let is_over = |(_, gateway): Run, expires_ms: u64| expires_ms <= now_ms || left.contains(&gateway);
+        self.opening.retain(|open| !is_over(open.run(), open.body.expires_ms));
+        let over = self.slots.iter().filter(|(key, slot)| is_over(key.run, slot.expires_ms));
+        let expired: Vec<Key> = over.map(|(key, _)| *key).collect();
         for key in expired {
             self.remove(&key);
         }
@@ -474,7 +482,6 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use butterfly_engine::transport::PeerState;
     use butterfly_verify::Digest;
 
     use super::*;
@@ -584,9 +591,9 @@ mod tests {
         cluster.shutdown().await.unwrap();
     }
 
-    /// A replica whose peers were quicker to leave does not keep its node for a gateway that has left too.
+    /// A replica whose peers were quicker to leave neither keeps its node for a gateway that has left, nor computes for it.
     #[tokio::test(flavor = "multi_thread")]
-    async fn draining_waits_for_requests_of_gateways_that_are_there() {
+    async fn requests_of_a_gateway_that_has_left_are_waited_for_no_longer() {
         let folder = tempfile::tempdir().unwrap();
         let loopback = crate::loopback::Loopback { model: "builtin:mlp".into(), ..Default::default() };
         let mut cluster = loopback.start(folder.path()).await.unwrap();
@@ -621,6 +628,8 @@ mod tests {
         let left = |peers: &BTreeMap<NodeId, PeerState>| matches!(peers["n0"], PeerState::Down { .. });
         peers.wait_for(left).await.unwrap();
         assert!(!state.is_awaited());
+        state.sweep(0);
+        assert_eq!(state.opening.iter().map(|open| open.gateway.as_ref()).collect::<Vec<_>>(), ["n2"]);
         cluster.shutdown().await.unwrap();
     }
 

@@ -9,6 +9,7 @@
 //! | kill -9 of a worker in the middle of requests, and its rejoin | `cluster_crashes::a_worker_killed_and_restarted_under_load_costs_no_answer` |
 //! | a crash at the first request | `cluster_liars::a_node_that_crashes_at_the_first_request_stops_nothing` |
 //! | SIGTERM under load | `cluster_crashes::a_gateway_told_to_stop_under_load_finishes_what_runs_and_exits_with_success` |
+//! | a gateway that leaves before its request is done here | `compute::tests::requests_of_a_gateway_that_has_left_are_waited_for_no_longer` |
 //! | SIGTERM while starting | [`a_signal_while_starting_stops_the_node`] |
 //! | a second SIGTERM | [`a_second_signal_stops_at_once_and_the_log_keeps_what_ran`] |
 //! | disk full under load | [`a_full_disk_stops_the_gateway_and_loses_nothing_acknowledged`] |
