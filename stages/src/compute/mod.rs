@@ -483,6 +483,7 @@ impl State {
 #[cfg(test)]
 mod tests {
     use butterfly_verify::Digest;
+    use tokio::sync::watch;
 
     use super::*;
     use crate::items::BoundaryValues;
@@ -596,9 +597,11 @@ mod tests {
     async fn requests_of_a_gateway_that_has_left_are_waited_for_no_longer() {
         let folder = tempfile::tempdir().unwrap();
         let loopback = crate::loopback::Loopback { model: "builtin:mlp".into(), ..Default::default() };
-        let mut cluster = loopback.start(folder.path()).await.unwrap();
-        cluster.meshed().await;
-        let services = cluster.nodes[2].services().clone();
+        let cluster = loopback.start(folder.path()).await.unwrap();
+        let mut services = cluster.nodes[2].services().clone();
+        let is_up = |peers: &BTreeMap<NodeId, PeerState>| matches!(peers.get("n0"), Some(PeerState::Up { .. }));
+        let (peers, seen) = watch::channel(services.peers.wait_for(is_up).await.unwrap().clone());
+        services.peers = seen;
         let path = butterfly_kernels::Path::detect().unwrap();
         let slices = Slices::new(Arc::clone(&services.model), &services.plan, 2, path);
         let mut state = State::new(Arc::new(slices), 1 << 30, services.clone());
@@ -623,10 +626,10 @@ mod tests {
         assert!(!state.is_awaited(), "its own gateway holds for itself");
         state.take(open("n0"));
         assert!(state.is_awaited());
-        cluster.nodes.remove(0).shutdown().await.unwrap();
-        let mut peers = services.peers.clone();
-        let left = |peers: &BTreeMap<NodeId, PeerState>| matches!(peers["n0"], PeerState::Down { .. });
-        peers.wait_for(left).await.unwrap();
+        state.sweep(0);
+        assert_eq!(state.opening.len(), 2);
+        let left = PeerState::Down { since: Duration::ZERO, reason: DownReason::Left };
+        peers.send_modify(|peers| drop(peers.insert("n0".parse().unwrap(), left)));
         assert!(!state.is_awaited());
         state.sweep(0);
         assert_eq!(state.opening.iter().map(|open| open.gateway.as_ref()).collect::<Vec<_>>(), ["n2"]);
