@@ -177,9 +177,11 @@ pub(crate) fn run(args: &KernelsArgs) -> anyhow::Result<Figures> {
     })
 }
 
+/// The middle one; of an even number, the mean of the middle two, which favours nobody. 0 of none.
 pub(crate) fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or_default()
+    let at = |index: usize| values.get(index).copied().unwrap_or_default();
+    f64::midpoint(at(values.len().saturating_sub(1) / 2), at(values.len() / 2))
 }
 
 /// Billions of bytes per second that so many threads read, each through a share of its own, in four streams: one stream
@@ -246,5 +248,17 @@ impl Display for Figures {
             )?;
         }
         Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_median_favours_neither_side() {
+        assert_eq!(median(vec![3.0, 1.0, 2.0]), 2.0);
+        assert_eq!(median(vec![4.0, 1.0, 3.0, 2.0]), 2.5);
+        assert_eq!((median(vec![7.0]), median(Vec::new())), (7.0, 0.0));
     }
 }
