@@ -210,7 +210,7 @@ impl Cluster {
         }
     }
 
-    /// Drains and stops the gateway, then all other nodes together.
+    /// Drains and stops the first gateway, then all other nodes together.
     ///
     /// # Errors
     /// The first failure of a node.

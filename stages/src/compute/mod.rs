@@ -482,7 +482,7 @@ impl State {
 
 #[cfg(test)]
 mod tests {
-    use butterfly_verify::Digest;
+    use butterfly_verify::{Digest, Input, Mode, Params, Request, RequestParts};
     use tokio::sync::watch;
 
     use super::*;
@@ -503,6 +503,25 @@ mod tests {
         assert!(!ended.is_late(&Boundary { gateway: NodeIndex(1), ..end_of(1, 1) }), "of another gateway");
     }
 
+    fn request(services: &Services, number: u8, input: Input, params: Params) -> Request {
+        let parts = RequestParts {
+            client: String::new(),
+            nonce: [number; 32],
+            model: services.model.manifest().name.clone(),
+            mode: Mode::Full,
+            input,
+            params,
+            now_ms: 1,
+            expires_ms: 2,
+        };
+        Request::new(parts).unwrap()
+    }
+
+    fn vector(services: &Services, number: u8) -> Request {
+        let values = vec![0.5; services.model.manifest().input_width];
+        request(services, number, Input::Vector { values }, Params::default())
+    }
+
     /// Where memory reaches for one request, another waits until that one has ended, and is answered then.
     #[tokio::test(flavor = "multi_thread")]
     async fn a_request_waits_while_memory_is_taken() {
@@ -513,23 +532,14 @@ mod tests {
         let mut slices = Slices::new(Arc::clone(&services.model), &services.plan, 2, path);
         slices.insert(0, services.model.load(services.plan.slices[0].layers.clone()).unwrap());
         let (slices, pool) = (Arc::new(slices), Pool::new(1, path));
-        let request = |number: u8| {
-            let parts = butterfly_verify::RequestParts {
-                client: String::new(),
-                nonce: [number; 32],
-                model: services.model.manifest().name.clone(),
-                mode: butterfly_verify::Mode::Full,
-                input: butterfly_verify::Input::Tokens { tokens: vec![number.into(), 2, 3] },
-                params: butterfly_verify::Params { max_tokens: 4, ignore_eos: true, ..Default::default() },
-                now_ms: 1,
-                expires_ms: 2,
-            };
-            butterfly_verify::Request::new(parts).unwrap()
+        let text = |number: u8| {
+            let params = Params { max_tokens: 4, ignore_eos: true, ..Default::default() };
+            request(&services, number, Input::Tokens { tokens: vec![number.into(), 2, 3] }, params)
         };
-        let bytes = slices.session_bytes(&request(0));
+        let bytes = slices.session_bytes(&text(0));
         let mut state = State::new(Arc::clone(&slices), bytes + bytes / 2, services.clone());
         for number in 0..3 {
-            let (body, gateway) = (request(number), "n0".parse().unwrap());
+            let (body, gateway) = (text(number), "n0".parse().unwrap());
             state.take(Step::Open { rd: body.digest(), body, attempt: 1, gateway });
         }
         let mut waited = Vec::new();
@@ -558,17 +568,7 @@ mod tests {
         slices.insert(0, services.model.load(services.plan.slices[0].layers.clone()).unwrap());
         let (slices, pool) = (Arc::new(slices), Pool::new(1, path));
         let mut state = State::new(Arc::clone(&slices), 1 << 30, services.clone());
-        let parts = butterfly_verify::RequestParts {
-            client: String::new(),
-            nonce: [1; 32],
-            model: services.model.manifest().name.clone(),
-            mode: butterfly_verify::Mode::Full,
-            input: butterfly_verify::Input::Vector { values: vec![0.5; services.model.manifest().input_width] },
-            params: butterfly_verify::Params::default(),
-            now_ms: 1,
-            expires_ms: 2,
-        };
-        let body = butterfly_verify::Request::new(parts).unwrap();
+        let body = vector(&services, 1);
         let rd = body.digest();
         let open =
             |gateway: &str, attempt| Step::Open { rd, body: body.clone(), attempt, gateway: gateway.parse().unwrap() };
@@ -603,36 +603,27 @@ mod tests {
         let (peers, seen) = watch::channel(services.peers.wait_for(is_up).await.unwrap().clone());
         services.peers = seen;
         let path = butterfly_kernels::Path::detect().unwrap();
-        let slices = Slices::new(Arc::clone(&services.model), &services.plan, 2, path);
+        let mut slices = Slices::new(Arc::clone(&services.model), &services.plan, 2, path);
+        slices.insert(0, services.model.load(services.plan.slices[0].layers.clone()).unwrap());
         let mut state = State::new(Arc::new(slices), 1 << 30, services.clone());
-        let body = butterfly_verify::Request::new(butterfly_verify::RequestParts {
-            client: String::new(),
-            nonce: [1; 32],
-            model: services.model.manifest().name.clone(),
-            mode: butterfly_verify::Mode::Full,
-            input: butterfly_verify::Input::Vector { values: vec![0.5; services.model.manifest().input_width] },
-            params: butterfly_verify::Params::default(),
-            now_ms: 1,
-            expires_ms: 2,
-        });
-        let body = body.unwrap();
-        let open = |gateway: &str| Step::Open {
-            rd: body.digest(),
-            body: body.clone(),
-            attempt: 1,
-            gateway: gateway.parse().unwrap(),
+        let open = |gateway: &str, number| {
+            let body = vector(&services, number);
+            Step::Open { rd: body.digest(), body, attempt: 1, gateway: gateway.parse().unwrap() }
         };
-        state.take(open("n2"));
+        state.take(open("n2", 1));
         assert!(!state.is_awaited(), "its own gateway holds for itself");
-        state.take(open("n0"));
-        assert!(state.is_awaited());
+        state.take(open("n0", 1));
+        assert!(state.next_pass(16).is_some(), "both are being computed");
+        state.take(open("n0", 2));
         state.sweep(0);
-        assert_eq!(state.opening.len(), 2);
+        assert_eq!((state.slots.len(), state.opening.len(), state.is_awaited()), (2, 1, true));
         let left = PeerState::Down { since: Duration::ZERO, reason: DownReason::Left };
         peers.send_modify(|peers| drop(peers.insert("n0".parse().unwrap(), left)));
         assert!(!state.is_awaited());
         state.sweep(0);
-        assert_eq!(state.opening.iter().map(|open| open.gateway.as_ref()).collect::<Vec<_>>(), ["n2"]);
+        let own = services.epoch.index_of("n2").unwrap();
+        assert_eq!(state.slots.keys().map(|key| key.run.1).collect::<Vec<_>>(), [own]);
+        assert!(state.opening.is_empty());
         cluster.shutdown().await.unwrap();
     }
 
