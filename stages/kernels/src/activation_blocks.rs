@@ -18,6 +18,9 @@ const INPUT_COST: usize = 4;
 /// The greatest magnitude of a rounded input.
 const QUANT_MAX: f32 = 127.0;
 
+/// What weights of eight bits are stored plus, to be unsigned.
+pub(crate) const OFFSET: u8 = 128;
+
 /// The most inputs of a block.
 pub(crate) const STEPS_MAX: usize = 256;
 
@@ -39,8 +42,8 @@ pub(crate) trait Tile: Clone + Send + Sync {
     /// All zeros.
     const ZERO: Self;
 
-    /// Takes the block of one row from its scale, and its numbers divided by that and rounded.
-    fn set(&mut self, row: usize, scale: f32, rounded: &[f32]);
+    /// Takes the block of one row: its scale, and its numbers.
+    fn set(&mut self, row: usize, scale: f32, quants: &[i8]);
 
     /// The scale of one row, and its numbers, which go to the start of `out`.
     fn row(&self, row: usize, out: &mut [i8; STEPS_MAX]) -> f32;
@@ -67,13 +70,16 @@ impl Activations for By256 {
 #[repr(C, align(16))]
 pub(crate) struct Tile32<const R: usize> {
     pub(crate) quants: [[[i8; 4]; R]; 8],
-    /// The magnitude of each, and all its bits set where it is negative.
+    /// The magnitude of each, and what turns a weight plus 128 into the weight, or into its complement where the input is
+    /// negative.
     pub(crate) magnitudes: [[[u8; 4]; R]; 8],
-    pub(crate) signs: [[[u8; 4]; R]; 8],
+    pub(crate) flips: [[[u8; 4]; R]; 8],
     pub(crate) scales: [f32; R],
     pub(crate) sums: [PairSums; R],
     /// The sum of the magnitudes of the negative ones.
     pub(crate) negative: [i32; R],
+    /// -128 times the sum of all: what weights plus 128 make too much.
+    pub(crate) excess: [i32; R],
 }
 
 /// 256 inputs of each row.
@@ -92,28 +98,34 @@ impl<const R: usize> Tile for Tile32<R> {
     const ZERO: Self = Tile32 {
         quants: [[[0; 4]; R]; 8],
         magnitudes: [[[0; 4]; R]; 8],
-        signs: [[[0; 4]; R]; 8],
+        flips: [[[0; 4]; R]; 8],
         scales: [0.0; R],
         sums: [[0; 2]; R],
         negative: [0; R],
+        excess: [0; R],
     };
 
     #[inline(always)]
-    fn set(&mut self, row: usize, scale: f32, rounded: &[f32]) {
-        self.scales[row] = scale;
-        self.sums[row] = [0; 2];
-        self.negative[row] = 0;
-        for (four, rounded) in rounded.as_chunks::<4>().0.iter().enumerate() {
-            let quants = narrow(rounded);
-            self.quants[four][row] = quants;
-            add_pairs(&mut self.sums[row], quants);
-            for (i, quant) in quants.into_iter().enumerate() {
-                let (magnitude, sign) = (quant.unsigned_abs(), (quant >> 7).cast_unsigned());
-                self.magnitudes[four][row][i] = magnitude;
-                self.signs[four][row][i] = sign;
-                self.negative[row] += i32::from(magnitude & sign);
-            }
+    fn set(&mut self, row: usize, scale: f32, quants: &[i8]) {
+        let (mut sums, mut negative) = ([0; 2], 0);
+        let (mut magnitudes, mut flips) = ([0; 32], [0; 32]);
+        for (i, quant) in quants.iter().enumerate() {
+            let sign = (quant >> 7).cast_unsigned();
+            magnitudes[i] = quant.unsigned_abs();
+            flips[i] = sign ^ OFFSET;
+            negative += i32::from(magnitudes[i] & sign);
         }
+        let fours = magnitudes.as_chunks::<4>().0.iter().zip(flips.as_chunks::<4>().0);
+        for (four, (quants, (magnitudes, flips))) in quants.as_chunks::<4>().0.iter().zip(fours).enumerate() {
+            self.quants[four][row] = *quants;
+            self.magnitudes[four][row] = *magnitudes;
+            self.flips[four][row] = *flips;
+            add_pairs(&mut sums, *quants);
+        }
+        self.scales[row] = scale;
+        self.sums[row] = sums;
+        self.negative[row] = negative;
+        self.excess[row] = -i32::from(OFFSET) * (i32::from(sums[0]) + i32::from(sums[1]));
     }
 
     fn row(&self, row: usize, out: &mut [i8; STEPS_MAX]) -> f32 {
@@ -129,14 +141,13 @@ impl<const R: usize> Tile for Tile256<R> {
         Tile256 { quants: [[[0; 4]; R]; 64], sums: [[[0; 2]; R]; 16], part_sums: [[[0; 2]; R]; 4], scales: [0.0; R] };
 
     #[inline(always)]
-    fn set(&mut self, row: usize, scale: f32, rounded: &[f32]) {
+    fn set(&mut self, row: usize, scale: f32, quants: &[i8]) {
         self.scales[row] = scale;
-        for (part, rounded) in rounded.as_chunks::<16>().0.iter().enumerate() {
+        for (part, quants) in quants.as_chunks::<16>().0.iter().enumerate() {
             let mut sums = [0; 2];
-            for (four, rounded) in rounded.as_chunks::<4>().0.iter().enumerate() {
-                let quants = narrow(rounded);
-                self.quants[4 * part + four][row] = quants;
-                add_pairs(&mut sums, quants);
+            for (four, quants) in quants.as_chunks::<4>().0.iter().enumerate() {
+                self.quants[4 * part + four][row] = *quants;
+                add_pairs(&mut sums, *quants);
             }
             self.sums[part][row] = sums;
             let part_sum = &mut self.part_sums[part / 4][row][part / 2 % 2];
@@ -152,27 +163,18 @@ impl<const R: usize> Tile for Tile256<R> {
     }
 }
 
-/// Whole numbers within ±127.
-#[inline(always)]
-fn narrow(rounded: &[f32; 4]) -> [i8; 4] {
-    let mut quants = [0; 4];
-    for (quant, rounded) in quants.iter_mut().zip(rounded) {
-        *quant = *rounded as i32 as i8;
-    }
-    quants
-}
-
 #[inline(always)]
 fn add_pairs(sums: &mut PairSums, four: [i8; 4]) {
     sums[0] += i16::from(four[0]) + i16::from(four[1]);
     sums[1] += i16::from(four[2]) + i16::from(four[3]);
 }
 
-/// Rows of inputs, rounded: as many tiles of four rows as there are, then a pair, then one. The blocks of a tile follow
-/// each other.
+/// Rows of inputs, rounded: as many tiles of eight rows as there are, where an instruction set has registers for them
+/// ([`Simd::WIDE`]), then as many of four, a pair, and one. The blocks of a tile follow each other.
 pub(crate) struct Rounded<A: Activations> {
     /// Blocks of a row.
     pub(crate) width: usize,
+    pub(crate) eights: Vec<A::Tile<8>>,
     pub(crate) fours: Vec<A::Tile<4>>,
     pub(crate) pair: Vec<A::Tile<2>>,
     pub(crate) one: Vec<A::Tile<1>>,
@@ -183,10 +185,13 @@ impl<A: Activations> Rounded<A> {
     pub(crate) fn new(pool: &Pool, x: &[f32], width: usize) -> Rounded<A> {
         let row = width * A::STEPS;
         let rows = x.len() / row;
-        let (fours, rest) = x.split_at(rows / 4 * 4 * row);
+        let eights = if pool.path().run(IsWide) { rows / 8 } else { 0 };
+        let (eights, rest) = x.split_at(eights * 8 * row);
+        let (fours, rest) = rest.split_at(rest.len() / row / 4 * 4 * row);
         let (pair, one) = rest.split_at(rows % 4 / 2 * 2 * row);
         Rounded {
             width,
+            eights: round::<A, 8>(pool, eights, width),
             fours: round::<A, 4>(pool, fours, width),
             pair: round::<A, 2>(pool, pair, width),
             one: round::<A, 1>(pool, one, width),
@@ -194,7 +199,23 @@ impl<A: Activations> Rounded<A> {
     }
 
     pub(crate) fn rows(&self) -> usize {
-        (4 * self.fours.len() + 2 * self.pair.len() + self.one.len()) / self.width
+        (8 * self.eights.len() + 4 * self.fours.len() + 2 * self.pair.len() + self.one.len()) / self.width
+    }
+}
+
+/// [`Simd::WIDE`].
+struct IsWide;
+
+impl Kernel for IsWide {
+    type Output = bool;
+
+    fn scalar(self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn vector<S: Simd>(self, _simd: S) -> bool {
+        S::WIDE
     }
 }
 
@@ -232,46 +253,47 @@ impl<A: Activations, const R: usize> Kernel for Round<'_, A, R> {
     type Output = ();
 
     fn scalar(self) {
-        let mut rounded = [0.0; STEPS_MAX];
+        let mut quants = [0; STEPS_MAX];
         for (index, tile) in (self.first..).zip(self.tiles) {
             for row in 0..R {
                 let x = Self::inputs(self.x, self.width, index, row);
                 let magnitudes: Vec<f32> = x.iter().map(|x| x.abs()).collect();
                 let scale = scale_for(x, max_scalar(&magnitudes));
-                for (rounded, x) in rounded.iter_mut().zip(x) {
-                    *rounded = if is_scale(scale) { (x / scale).round_ties_even() } else { 0.0 };
+                for (quant, x) in quants.iter_mut().zip(x) {
+                    *quant = if is_scale(scale) { (x / scale).round_ties_even() as i8 } else { 0 };
                 }
-                tile.set(row, scale, &rounded[..A::STEPS]);
+                tile.set(row, scale, &quants[..A::STEPS]);
             }
         }
     }
 
     #[inline(always)]
     fn vector<S: Simd>(self, simd: S) {
-        let mut rounded = [[0.0; LANES]; STEPS_MAX / LANES];
-        let rounded: &mut [Block] = &mut rounded[..A::STEPS / LANES];
+        let mut positive = [[0.0; LANES]; STEPS_MAX / LANES];
+        let positive: &mut [Block] = &mut positive[..A::STEPS / LANES];
+        let mut quants = [[0; LANES]; STEPS_MAX / LANES];
+        let quants = &mut quants[..A::STEPS / LANES];
         let rounder = simd.splat(ROUNDER);
         let magnitude = simd.splat_bits(!SIGN);
         for (index, tile) in (self.first..).zip(self.tiles) {
             for row in 0..R {
                 let x = Self::inputs(self.x, self.width, index, row);
                 let inputs = x.as_chunks::<LANES>().0;
-                for (input, out) in inputs.iter().zip(&mut *rounded) {
-                    let positive = simd.and(simd.bits(simd.load(input)), magnitude);
-                    simd.store(simd.float(positive), out);
+                for (input, out) in inputs.iter().zip(&mut *positive) {
+                    simd.store(simd.float(simd.and(simd.bits(simd.load(input)), magnitude)), out);
                 }
-                let scale = scale_for(x, max_vector(simd, rounded.as_flattened()));
+                let scale = scale_for(x, max_vector(simd, positive.as_flattened()));
                 if is_scale(scale) {
                     let divisor = simd.splat(scale);
-                    for (input, out) in inputs.iter().zip(&mut *rounded) {
-                        // The sum rounds to a whole number, to nearest even, and the difference is exact.
-                        let shifted = simd.add(simd.div(simd.load(input), divisor), rounder);
-                        simd.store(simd.sub(shifted, rounder), out);
+                    for (input, out) in inputs.iter().zip(&mut *quants) {
+                        // The sum rounds to a whole number, to nearest even, which is then in its low bits.
+                        let rounded = simd.bits(simd.add(simd.div(simd.load(input), divisor), rounder));
+                        simd.store_bytes(simd.sub_bits(rounded, simd.bits(rounder)), out);
                     }
                 } else {
-                    rounded.fill([0.0; LANES]);
+                    quants.fill([0; LANES]);
                 }
-                tile.set(row, scale, rounded.as_flattened());
+                tile.set(row, scale, quants.as_flattened());
             }
         }
     }

@@ -104,7 +104,12 @@ pub(crate) fn max_vector<S: Simd>(simd: S, values: &[f32]) -> f32 {
     }
     let mut block = [0.0; LANES];
     simd.store(lanes, &mut block);
-    rest.iter().copied().fold(max_scalar(&block), greater)
+    for width in [8, 4, 2, 1] {
+        for lane in 0..width {
+            block[lane] = greater(block[lane], block[lane + width]);
+        }
+    }
+    rest.iter().copied().fold(block[0], greater)
 }
 
 #[inline(always)]

@@ -108,6 +108,9 @@ pub(crate) trait Simd: Copy {
     /// Says that a line of memory will be read soon. Any address may be given.
     fn prefetch(self, line: *const u8);
 
+    /// The low byte of each integer.
+    fn store_bytes(self, value: Self::Bits, to: &mut [i8; LANES]);
+
     fn bytes(self, from: &[u8; FOUR]) -> Self::Bytes;
     /// The low four bits of each byte, and the high four.
     fn nibbles(self, a: Self::Bytes) -> (Self::Bytes, Self::Bytes);
@@ -116,7 +119,7 @@ pub(crate) trait Simd: Copy {
 
     /// The start of the sums of products with the inputs of a row. They are exact once every [`Simd::dot`] is added.
     fn dot_start<const R: usize>(self, x: &Tile32<R>, row: usize) -> Self::Bits;
-    /// Adds four products of signed bytes in each lane.
+    /// Adds four products in each lane. Weights are signed bytes, given plus 128.
     fn dot<const R: usize>(
         self,
         acc: Self::Bits,

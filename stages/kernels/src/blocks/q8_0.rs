@@ -1,9 +1,10 @@
-//! Q8_0: `w = scale · q`, 32 numbers a block.
+//! Q8_0: `w = scale · q`, 32 numbers a block. Packed, q is stored plus 128: some instructions take only unsigned bytes on
+//! this side, and for the others a turned bit costs nothing, since they turn bits of weights already.
 
 use bytemuck::{Pod, Zeroable};
 
 use super::{Blocks, FOUR, dot, is_finite, prefetch, stored_f16, widen};
-use crate::activation_blocks::{By32, Tile32};
+use crate::activation_blocks::{By32, OFFSET, Tile32};
 use crate::simd::{LANES, Simd};
 
 /// Bytes of the scale in a file.
@@ -24,7 +25,7 @@ impl Blocks for Q8_0 {
         self.scales[lane] = stored_f16(file);
         let (fours, _) = file[HEAD..].as_chunks::<4>();
         for (vector, four) in self.quants.iter_mut().zip(fours) {
-            vector[4 * lane..][..4].copy_from_slice(four);
+            vector[4 * lane..][..4].copy_from_slice(&four.map(|quant| quant ^ OFFSET));
         }
     }
 
@@ -36,7 +37,7 @@ impl Blocks for Q8_0 {
         let (fours, _) = out.as_chunks_mut::<4>();
         for (vector, four) in self.quants.iter().zip(fours) {
             for (i, out) in four.iter_mut().enumerate() {
-                *out = vector[4 * lane + i].cast_signed();
+                *out = (vector[4 * lane + i] ^ OFFSET).cast_signed();
             }
         }
     }

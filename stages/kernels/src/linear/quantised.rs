@@ -111,17 +111,11 @@ impl<B: Blocks> Chunk<'_, B> {
             for blocks in &mut blocks {
                 *blocks = &blocks[stretch.clone()];
             }
-            let (fours, rest) = sums.as_chunks_mut::<4>();
-            for (x, sums) in self.x.fours.chunks_exact(width).zip(fours) {
-                run.run(Tile { blocks, x: &x[stretch.clone()], sums });
-            }
-            let (pairs, rest) = rest.as_chunks_mut::<2>();
-            for (x, sums) in self.x.pair.chunks_exact(width).zip(pairs) {
-                run.run(Tile { blocks, x: &x[stretch.clone()], sums });
-            }
-            for (x, sums) in self.x.one.chunks_exact(width).zip(rest.as_chunks_mut::<1>().0) {
-                run.run(Tile { blocks, x: &x[stretch.clone()], sums });
-            }
+            let stretch = Stretch { blocks, width, range: stretch };
+            let rest = stretch.apply(run, &self.x.eights, sums);
+            let rest = stretch.apply(run, &self.x.fours, rest);
+            let rest = stretch.apply(run, &self.x.pair, rest);
+            stretch.apply(run, &self.x.one, rest);
         }
         for (row, sums) in sums.iter().enumerate() {
             for (panel, sums) in (first..).zip(sums) {
@@ -129,6 +123,31 @@ impl<B: Blocks> Chunk<'_, B> {
                 unsafe { self.out.write(row, panel, sums) }
             }
         }
+    }
+}
+
+/// Some blocks of `P` panels.
+struct Stretch<'a, B: Blocks, const P: usize> {
+    blocks: [&'a [B]; P],
+    /// Blocks of a row, and which of them these are.
+    width: usize,
+    range: Range<usize>,
+}
+
+impl<B: Blocks, const P: usize> Stretch<'_, B, P> {
+    /// Meets the tiles of `R` rows whose inputs are `x` and whose chains are the first of `sums`. The rest is returned.
+    #[inline(always)]
+    fn apply<'s, const R: usize>(
+        &self,
+        run: impl Run,
+        x: &[TileOf<B, R>],
+        sums: &'s mut [[Block; P]],
+    ) -> &'s mut [[Block; P]] {
+        let (tiles, rest) = sums.split_at_mut(x.len() / self.width * R);
+        for (x, sums) in x.chunks_exact(self.width).zip(tiles.as_chunks_mut().0) {
+            run.run(Tile { blocks: self.blocks, x: &x[self.range.clone()], sums });
+        }
+        rest
     }
 }
 

@@ -207,6 +207,19 @@ impl Simd for Avx2 {
     }
 
     #[inline(always)]
+    fn store_bytes(self, value: Self::Bits, to: &mut [i8; LANES]) {
+        let bytes = with_avx2!({
+            let low_bytes = _mm256_set1_epi32(0xff);
+            let words = _mm256_packus_epi32(_mm256_and_si256(value.0, low_bytes), _mm256_and_si256(value.1, low_bytes));
+            // Lanes 0..4, 8..12, 4..8 and 12..16.
+            let words = _mm256_permute4x64_epi64::<0b11_01_10_00>(words);
+            _mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256::<1>(words))
+        });
+        // SAFETY: `to` points at the sixteen bytes that are written, borrowed mutably, and AVX2 includes SSE2.
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), bytes) }
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[u8; FOUR]) -> Self::Bytes {
         let from = from.as_ptr();
         // SAFETY: `from` points at 64 bytes, the two unaligned loads read bytes 0..32 and 32..64 of them, and `self`
@@ -258,12 +271,12 @@ impl Simd for Avx2 {
         four: usize,
     ) -> Self::Bits {
         let magnitudes = splat_four(self, x.magnitudes[four][row]);
-        let signs = splat_four(self, x.signs[four][row]);
+        let flips = splat_four(self, x.flips[four][row]);
         let sums = with_avx2!({
             let one = _mm256_set1_epi16(1);
             let pairs = (
-                _mm256_maddubs_epi16(magnitudes, _mm256_xor_si256(weights.0, signs)),
-                _mm256_maddubs_epi16(magnitudes, _mm256_xor_si256(weights.1, signs)),
+                _mm256_maddubs_epi16(magnitudes, _mm256_xor_si256(weights.0, flips)),
+                _mm256_maddubs_epi16(magnitudes, _mm256_xor_si256(weights.1, flips)),
             );
             (
                 _mm256_add_epi32(acc.0, _mm256_madd_epi16(pairs.0, one)),

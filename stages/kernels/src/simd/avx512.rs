@@ -203,6 +203,13 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     }
 
     #[inline(always)]
+    fn store_bytes(self, value: Self::Bits, to: &mut [i8; LANES]) {
+        let bytes = with_avx512!(_mm512_cvtepi32_epi8(value));
+        // SAFETY: `to` points at the sixteen bytes that are written, borrowed mutably, and SSE2 is part of x86-64.
+        unsafe { _mm_storeu_si128(to.as_mut_ptr().cast(), bytes) }
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[u8; FOUR]) -> Self::Bytes {
         // SAFETY: `from` points at the 64 bytes that are read, and `self` proves AVX-512.
         unsafe { _mm512_loadu_si512(from.as_ptr().cast()) }
@@ -229,11 +236,12 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     /// What [`Avx512::dot`] leaves out, or takes too much.
     #[inline(always)]
     fn dot_start<const R: usize>(self, x: &Tile32<R>, row: usize) -> Self::Bits {
-        if VNNI { scaled(self, x.sums[row], -128) } else { self.splat_bits(x.negative[row].cast_unsigned()) }
+        let start = if VNNI { x.excess[row] } else { x.negative[row] };
+        self.splat_bits(start.cast_unsigned())
     }
 
-    /// Unsigned times signed, as the instructions have it. With VNNI weights are taken plus 128, and the start takes that
-    /// back. Without, the sign moves from x to the weight: for a negative x, `w · x = (!w + 1) · |x|`, of which this is
+    /// Unsigned times signed, as the instructions have it. With VNNI weights stay plus 128, and the start takes that back.
+    /// Without, the sign moves from x to the weight: for a negative x, `w · x = (!w + 1) · |x|`, of which this is
     /// `!w · |x|` and the start is the rest. A pair of products is then at most 2 · 127 · 128, which does not saturate.
     #[inline(always)]
     fn dot<const R: usize>(
@@ -246,13 +254,12 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     ) -> Self::Bits {
         if VNNI {
             let x = splat_four(self, x.quants[four][row].map(i8::cast_unsigned));
-            // Signed bytes plus 128, as unsigned ones, are themselves with the first bit turned.
-            with_avx512!(_mm512_dpbusd_epi32(acc, _mm512_xor_si512(weights, _mm512_set1_epi8(-128)), x))
+            with_avx512!(_mm512_dpbusd_epi32(acc, weights, x))
         } else {
             let magnitudes = splat_four(self, x.magnitudes[four][row]);
-            let signs = splat_four(self, x.signs[four][row]);
+            let flips = splat_four(self, x.flips[four][row]);
             let sums = with_avx512!({
-                let pairs = _mm512_maddubs_epi16(magnitudes, _mm512_xor_si512(weights, signs));
+                let pairs = _mm512_maddubs_epi16(magnitudes, _mm512_xor_si512(weights, flips));
                 _mm512_add_epi32(acc, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)))
             });
             in_order(self, sums)

@@ -7,7 +7,7 @@ use std::arch::aarch64::*;
 use std::array::from_fn;
 
 use super::{Block, Kernel, LANES, Simd};
-use crate::activation_blocks::{PairSums, Tile32};
+use crate::activation_blocks::{OFFSET, PairSums, Tile32};
 use crate::blocks::FOUR;
 
 /// Proof that this processor has NEON.
@@ -183,6 +183,17 @@ impl Simd for Neon {
     fn prefetch(self, _line: *const u8) {}
 
     #[inline(always)]
+    fn store_bytes(self, value: Self::Bits, to: &mut [i8; LANES]) {
+        let bytes = with_neon!({
+            let low = vcombine_s16(vmovn_s32(value[0]), vmovn_s32(value[1]));
+            let high = vcombine_s16(vmovn_s32(value[2]), vmovn_s32(value[3]));
+            vcombine_s8(vmovn_s16(low), vmovn_s16(high))
+        });
+        // SAFETY: `to` points at the sixteen bytes that are written, borrowed mutably, and the proof is of NEON.
+        unsafe { vst1q_s8(to.as_mut_ptr(), bytes) }
+    }
+
+    #[inline(always)]
     fn bytes(self, from: &[u8; FOUR]) -> Self::Bytes {
         let parts: &Four<[u8; 16]> = bytemuck::cast_ref(from);
         from_fn(|i| load_16(self, &parts[i]))
@@ -219,6 +230,8 @@ impl Simd for Neon {
         row: usize,
         four: usize,
     ) -> Self::Bits {
+        // A signed byte plus 128 is the byte with its first bit turned.
+        let weights = from_fn(|i| with_neon!(veorq_u8(weights[i], vdupq_n_u8(OFFSET))));
         dot_four(self, acc, weights, x.quants[four][row])
     }
 
