@@ -5,14 +5,15 @@
 //!   which chunk never reaches a bit, and a thread that the machine slows down takes fewer.
 //! - The caller works too. Small operations, and those that find the workers busy with another caller's, run on the
 //!   caller alone, so callers never wait for each other.
-//! - Idle workers sleep. Nothing spins without bound.
+//! - Idle workers sleep. Nothing spins for longer than [`SPINS`]: the operations of a forward pass follow each other within
+//!   microseconds, and waking a sleeper takes tens of them.
 //! - A worker whose floating-point environment would change bits takes no chunk.
 
 use std::any::Any;
 use std::marker::PhantomData;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -31,6 +32,10 @@ const CHUNK_COST_MIN: usize = 1 << 15;
 /// Chunks for each thread, where an operation is large enough: the more, the less the slowest thread is waited for.
 const CHUNKS_PER_THREAD: usize = 8;
 
+/// Looks at what another thread is about to do before one sleeps until it has: 20 to 50 microseconds, as long as it takes
+/// to fall asleep and be woken.
+const SPINS: usize = 1000;
+
 /// Threads that compute together, and the [`Path`] they compute with. Dropping it ends its threads.
 ///
 /// Shareable: several threads may compute with one pool at once.
@@ -48,16 +53,20 @@ struct Shared {
     posted: Condvar,
     /// No worker holds the job any more.
     left: Condvar,
+    /// Grows with each job, so that a worker enters each at most once. Written by who holds the board.
+    number: AtomicU64,
+    /// Workers that hold the pointer to the current job. Written by who holds the board.
+    inside: AtomicUsize,
     environment_fault: AtomicBool,
 }
 
 /// What workers read when they wake.
 struct Board {
     job: Option<JobPointer>,
-    /// Grows with each job, so that a worker enters each at most once.
-    number: u64,
-    /// Workers that hold the pointer to the current job.
-    inside: usize,
+    /// Workers that wait for [`Shared::posted`].
+    sleeping: usize,
+    /// True if the caller waits for [`Shared::left`].
+    awaited: bool,
     ending: bool,
 }
 
@@ -81,9 +90,11 @@ impl Pool {
     /// fewer if the system refuses. With 0 or 1 everything runs on the caller.
     pub fn new(threads: usize, path: Path) -> Pool {
         let shared = Arc::new(Shared {
-            board: Mutex::new(Board { job: None, number: 0, inside: 0, ending: false }),
+            board: Mutex::new(Board { job: None, sleeping: 0, awaited: false, ending: false }),
             posted: Condvar::new(),
             left: Condvar::new(),
+            number: AtomicU64::new(0),
+            inside: AtomicUsize::new(0),
             environment_fault: AtomicBool::new(false),
         });
         let workers = (1..threads.min(THREADS_MAX))
@@ -210,13 +221,14 @@ impl<'a> Posting<'a> {
         let pointer = std::ptr::from_ref(job).cast::<Job<'static>>();
         let mut board = shared.board();
         board.job = Some(JobPointer(pointer));
-        board.number += 1;
+        shared.number.fetch_add(1, Ordering::Relaxed);
+        let sleeping = board.sleeping;
         drop(board);
         // The caller takes a chunk as well. No more workers need to wake than there are others.
-        if job.chunks > workers {
+        if sleeping > 0 && job.chunks > workers {
             shared.posted.notify_all();
         } else {
-            (1..job.chunks).for_each(|_| shared.posted.notify_one());
+            (1..job.chunks.min(sleeping + 1)).for_each(|_| shared.posted.notify_one());
         }
         Posting { shared }
     }
@@ -224,11 +236,15 @@ impl<'a> Posting<'a> {
 
 impl Drop for Posting<'_> {
     fn drop(&mut self) {
+        let inside = || self.shared.inside.load(Ordering::Relaxed) > 0;
+        self.shared.board().job = None;
+        spin_while(inside);
         let mut board = self.shared.board();
-        board.job = None;
-        while board.inside > 0 {
+        while inside() {
+            board.awaited = true;
             board = self.shared.left.wait(board).unwrap_or_else(PoisonError::into_inner);
         }
+        board.awaited = false;
     }
 }
 
@@ -259,30 +275,45 @@ impl Shared {
         }
     }
 
-    /// Sleeps until there is a job that this worker has not seen, and enters it. `None` when the pool ends.
+    /// Waits until there is a job that this worker has not seen, and enters it. `None` when the pool ends.
     fn enter(&self, done: &mut u64) -> Option<JobPointer> {
+        spin_while(|| self.number.load(Ordering::Relaxed) == *done);
         let mut board = self.board();
         loop {
             if board.ending {
                 return None;
             }
+            // A job that was taken down before this worker came is as good as seen.
+            let number = self.number.load(Ordering::Relaxed);
+            let is_new = number != *done;
+            *done = number;
             if let Some(job) = board.job
-                && board.number != *done
+                && is_new
             {
-                *done = board.number;
-                board.inside += 1;
+                self.inside.fetch_add(1, Ordering::Relaxed);
                 return Some(job);
             }
+            board.sleeping += 1;
             board = self.posted.wait(board).unwrap_or_else(PoisonError::into_inner);
+            board.sleeping -= 1;
         }
     }
 
     fn leave(&self) {
-        let mut board = self.board();
-        board.inside -= 1;
-        if board.inside == 0 {
+        let board = self.board();
+        if self.inside.fetch_sub(1, Ordering::Relaxed) == 1 && board.awaited {
             self.left.notify_all();
         }
+    }
+}
+
+/// Returns when the answer is no, or when it has been asked [`SPINS`] times.
+fn spin_while(asked: impl Fn() -> bool) {
+    for _ in 0..SPINS {
+        if !asked() {
+            return;
+        }
+        std::hint::spin_loop();
     }
 }
 

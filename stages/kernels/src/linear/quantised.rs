@@ -73,37 +73,42 @@ impl<B: Blocks> Kernel for Chunk<'_, B> {
 
     fn scalar(self) {
         for panel in self.panels.clone() {
-            self.panels::<1>(Scalar, panel, self.x.width);
+            self.panels::<1, BLOCK_ROWS>(Scalar, panel, self.x.width);
         }
     }
 
     #[inline(always)]
     fn vector<S: Simd>(self, simd: S) {
         let mut panel = self.panels.start;
-        if self.x.rows() <= TILE_ROWS && B::STEPS <= STREAM_STEPS_MAX {
+        let few = self.x.rows() <= TILE_ROWS;
+        if few && B::STEPS <= STREAM_STEPS_MAX {
             while panel + STREAMS <= self.panels.end {
-                self.panels::<STREAMS>(Vector(simd), panel, self.x.width);
+                self.panels::<STREAMS, TILE_ROWS>(Vector(simd), panel, self.x.width);
                 panel += STREAMS;
             }
         }
-        let stretch = if self.x.rows() <= TILE_ROWS { self.x.width } else { (STRETCH_STEPS / B::STEPS).max(1) };
+        let stretch = (STRETCH_STEPS / B::STEPS).max(1);
         while panel < self.panels.end {
-            self.panels::<1>(Vector(simd), panel, stretch);
+            if few {
+                self.panels::<1, TILE_ROWS>(Vector(simd), panel, self.x.width);
+            } else {
+                self.panels::<1, BLOCK_ROWS>(Vector(simd), panel, stretch);
+            }
             panel += 1;
         }
     }
 }
 
 impl<B: Blocks> Chunk<'_, B> {
-    /// All rows through `P` panels, `stretch` blocks at a time.
+    /// All rows, which are at most `N`, through `P` panels, `stretch` blocks at a time.
     #[inline(always)]
-    fn panels<const P: usize>(&self, run: impl Run, first: usize, stretch: usize) {
+    fn panels<const P: usize, const N: usize>(&self, run: impl Run, first: usize, stretch: usize) {
         let (width, rows) = (self.x.width, self.x.rows());
         let mut weights: [&[B]; P] = [&[]; P];
         for (weights, panel) in weights.iter_mut().zip(first..) {
             *weights = &self.blocks[panel * width..][..width];
         }
-        let mut sums = [[[0.0; LANES]; P]; BLOCK_ROWS];
+        let mut sums = [[[0.0; LANES]; P]; N];
         let sums = &mut sums[..rows];
         for start in (0..width).step_by(stretch) {
             let stretch = start..width.min(start + stretch);
