@@ -18,6 +18,10 @@ mod quantised;
 /// Rows that share one pass over the weights: sixteen tiles.
 const BLOCK_ROWS: usize = 16 * TILE_ROWS;
 
+/// Panels that such rows meet together. All the inputs of the rows are more than a second-level cache holds, so they are
+/// read once for so many panels.
+const BLOCK_PANELS: usize = 4;
+
 /// Writes `y = W x + bias` for each row of `x` `[n, columns]` to `y` `[n, rows]`.
 ///
 /// # Panics

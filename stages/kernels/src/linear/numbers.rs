@@ -4,11 +4,12 @@
 //! - `acc = fma(w[k], x[k], acc)` with k ascending from +0.0. One row and many rows, one thread and many, compute the
 //!   same chain.
 //! - Few rows read each weight once, straight from its panel; many rows widen a block of a panel once and reuse it while
-//!   it is in the first-level cache. Between blocks the chains rest in memory, which changes no bit.
+//!   it is in the first-level cache, then that of the next panel, while their inputs are in the second-level cache. Between
+//!   blocks the chains rest in memory, which changes no bit.
 
 use std::ops::Range;
 
-use super::{BLOCK_ROWS, Outputs};
+use super::{BLOCK_PANELS, BLOCK_ROWS, Outputs};
 use crate::element::{F32, Format, Step};
 use crate::pool::Pool;
 use crate::simd::{Block, Kernel, LANES, Simd};
@@ -133,35 +134,48 @@ impl<F: Format> Chunk<'_, F> {
     /// Any number of rows, in tiles, over blocks of widened steps.
     #[inline(always)]
     fn blocked<S: Simd>(&self, simd: S) {
-        let rows = self.rows();
+        let (rows, inputs) = (self.rows(), self.inputs);
         let mut widened = [Step([0.0; LANES]); BLOCK_STEPS];
-        let mut sums = [[0.0; LANES]; BLOCK_ROWS];
-        for panel in self.panels.clone() {
-            sums[..rows].fill([0.0; LANES]);
-            let steps = self.panel(panel);
-            for start in (0..self.inputs).step_by(BLOCK_STEPS) {
-                let end = self.inputs.min(start + BLOCK_STEPS);
-                let block = F::widened(simd, &steps[start..end], &mut widened);
-                // The tiles share in asking for what is widened next.
-                let mut ahead = steps.as_ptr().wrapping_add(end).cast::<u8>();
-                let share = size_of_val(&steps[start..end]).div_ceil(tiles(rows, S::WIDE).count());
-                for (first, height) in tiles(rows, S::WIDE) {
-                    let tile = BlockTile { first, start, block, ahead, ahead_bytes: share };
-                    let sums = &mut sums[first..];
-                    match height {
-                        1 => self.block_tile::<S, 1>(simd, &tile, sums),
-                        2 => self.block_tile::<S, 2>(simd, &tile, sums),
-                        3 => self.block_tile::<S, 3>(simd, &tile, sums),
-                        4 => self.block_tile::<S, 4>(simd, &tile, sums),
-                        5 => self.block_tile::<S, 5>(simd, &tile, sums),
-                        WIDE_ROWS if S::WIDE => self.block_tile::<S, WIDE_ROWS>(simd, &tile, sums),
-                        _ => self.block_tile::<S, TILE_ROWS>(simd, &tile, sums),
+        let mut sums = [[[0.0; LANES]; BLOCK_ROWS]; BLOCK_PANELS];
+        let mut panels = self.panels.start..self.panels.start;
+        while panels.end < self.panels.end {
+            panels = panels.end..self.panels.end.min(panels.end + BLOCK_PANELS);
+            for sums in &mut sums {
+                sums[..rows].fill([0.0; LANES]);
+            }
+            for start in (0..inputs).step_by(BLOCK_STEPS) {
+                let end = inputs.min(start + BLOCK_STEPS);
+                for (panel, sums) in panels.clone().zip(&mut sums) {
+                    let steps = &self.panel(panel)[start..end];
+                    // The tiles share in asking for what is widened next.
+                    let next = match (panel + 1 < panels.end, end < inputs) {
+                        (true, _) => (panel + 1) * inputs + start,
+                        (false, true) => panels.start * inputs + end,
+                        (false, false) => panels.end * inputs,
+                    };
+                    let mut ahead = self.steps.as_ptr().wrapping_add(next).cast::<u8>();
+                    let share = size_of_val(steps).div_ceil(tiles(rows, S::WIDE).count());
+                    let block = F::widened(simd, steps, &mut widened);
+                    for (first, height) in tiles(rows, S::WIDE) {
+                        let tile = BlockTile { first, start, block, ahead, ahead_bytes: share };
+                        let sums = &mut sums[first..];
+                        match height {
+                            1 => self.block_tile::<S, 1>(simd, &tile, sums),
+                            2 => self.block_tile::<S, 2>(simd, &tile, sums),
+                            3 => self.block_tile::<S, 3>(simd, &tile, sums),
+                            4 => self.block_tile::<S, 4>(simd, &tile, sums),
+                            5 => self.block_tile::<S, 5>(simd, &tile, sums),
+                            WIDE_ROWS if S::WIDE => self.block_tile::<S, WIDE_ROWS>(simd, &tile, sums),
+                            _ => self.block_tile::<S, TILE_ROWS>(simd, &tile, sums),
+                        }
+                        ahead = ahead.wrapping_add(share);
                     }
-                    ahead = ahead.wrapping_add(share);
                 }
             }
-            for (row, sums) in sums[..rows].iter().enumerate() {
-                self.write(row, panel, sums);
+            for (panel, sums) in panels.clone().zip(&sums) {
+                for (row, sums) in sums[..rows].iter().enumerate() {
+                    self.write(row, panel, sums);
+                }
             }
         }
     }

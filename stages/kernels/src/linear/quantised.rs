@@ -3,11 +3,12 @@
 //! Invariants:
 //! - A step of a chain is one block of weights: its sums of whole numbers are exact, so only the scaling is rounded.
 //! - Few rows keep their chains in registers through a whole panel; many rows take a stretch of a panel at a time, tile
-//!   by tile, while it is in the first-level cache. Between stretches the chains rest in memory, which changes no bit.
+//!   by tile, while it is in the first-level cache, then that of the next panel, while their inputs are in the
+//!   second-level cache. Between stretches the chains rest in memory, which changes no bit.
 
 use std::ops::Range;
 
-use super::{BLOCK_ROWS, Outputs};
+use super::{BLOCK_PANELS, BLOCK_ROWS, Outputs};
 use crate::activation_blocks::{Rounded, STEPS_MAX, Tile as _};
 use crate::blocks::{Blocks, TileOf};
 use crate::pool::Pool;
@@ -23,6 +24,9 @@ const TILE_ROWS: usize = 4;
 /// several streams than to one: half as much again to four. Blocks of 256 are streams of their own length.
 const STREAMS: usize = 4;
 const STREAM_STEPS_MAX: usize = 32;
+
+/// Rows whose inputs the second-level cache holds, so that each panel can be read to its end.
+const CACHED_ROWS: usize = 32;
 
 /// At most [`BLOCK_ROWS`] rows, with the panels shared among the pool's threads.
 pub(super) fn apply<B: Blocks>(pool: &Pool, blocks: &[B], x: &Rounded<B::Activations>, out: &Outputs<'_>) {
@@ -72,60 +76,64 @@ impl<B: Blocks> Kernel for Chunk<'_, B> {
     type Output = ();
 
     fn scalar(self) {
+        let mut sums = [[0.0; LANES]; BLOCK_ROWS];
         for panel in self.panels.clone() {
-            self.panels::<1, BLOCK_ROWS>(Scalar, panel, self.x.width);
+            self.panels::<1>(Scalar, panel..panel + 1, self.x.width, &mut sums);
         }
     }
 
     #[inline(always)]
     fn vector<S: Simd>(self, simd: S) {
-        let mut panel = self.panels.start;
-        let few = self.x.rows() <= TILE_ROWS;
-        if few && B::STEPS <= STREAM_STEPS_MAX {
-            while panel + STREAMS <= self.panels.end {
-                self.panels::<STREAMS, TILE_ROWS>(Vector(simd), panel, self.x.width);
+        let (run, mut panel, end) = (Vector(simd), self.panels.start, self.panels.end);
+        if self.x.rows() <= TILE_ROWS {
+            let mut sums = [[0.0; LANES]; STREAMS * TILE_ROWS];
+            while B::STEPS <= STREAM_STEPS_MAX && panel + STREAMS <= end {
+                self.panels::<STREAMS>(run, panel..panel + STREAMS, self.x.width, &mut sums);
                 panel += STREAMS;
             }
-        }
-        let stretch = (STRETCH_STEPS / B::STEPS).max(1);
-        while panel < self.panels.end {
-            if few {
-                self.panels::<1, TILE_ROWS>(Vector(simd), panel, self.x.width);
-            } else {
-                self.panels::<1, BLOCK_ROWS>(Vector(simd), panel, stretch);
+            while panel < end {
+                self.panels::<1>(run, panel..panel + 1, self.x.width, &mut sums);
+                panel += 1;
             }
-            panel += 1;
+        } else {
+            let mut sums = [[0.0; LANES]; BLOCK_PANELS * BLOCK_ROWS];
+            let together = if self.x.rows() <= CACHED_ROWS { 1 } else { BLOCK_PANELS };
+            while panel < end {
+                let next = end.min(panel + together);
+                self.panels::<1>(run, panel..next, (STRETCH_STEPS / B::STEPS).max(1), &mut sums);
+                panel = next;
+            }
         }
     }
 }
 
 impl<B: Blocks> Chunk<'_, B> {
-    /// All rows, which are at most `N`, through `P` panels, `stretch` blocks at a time.
+    /// All rows through some panels: `stretch` blocks at a time, of `P` panels at a time. `sums` has room for as many.
     #[inline(always)]
-    fn panels<const P: usize, const N: usize>(&self, run: impl Run, first: usize, stretch: usize) {
+    fn panels<const P: usize>(&self, run: impl Run, panels: Range<usize>, stretch: usize, sums: &mut [Block]) {
         let (width, rows) = (self.x.width, self.x.rows());
-        let mut weights: [&[B]; P] = [&[]; P];
-        for (weights, panel) in weights.iter_mut().zip(first..) {
-            *weights = &self.blocks[panel * width..][..width];
-        }
-        let mut sums = [[[0.0; LANES]; P]; N];
-        let sums = &mut sums[..rows];
+        let sums = &mut sums.as_chunks_mut().0[..panels.len() / P * rows];
+        sums.fill([[0.0; LANES]; P]);
         for start in (0..width).step_by(stretch) {
-            let stretch = start..width.min(start + stretch);
-            let mut blocks = weights;
-            for blocks in &mut blocks {
-                *blocks = &blocks[stretch.clone()];
+            let range = start..width.min(start + stretch);
+            for (first, sums) in panels.clone().step_by(P).zip(sums.chunks_exact_mut(rows)) {
+                let mut blocks: [&[B]; P] = [&[]; P];
+                for (blocks, panel) in blocks.iter_mut().zip(first..) {
+                    *blocks = &self.blocks[panel * width..][range.clone()];
+                }
+                let stretch = Stretch { blocks, width, range: range.clone() };
+                let rest = stretch.apply(run, &self.x.eights, sums);
+                let rest = stretch.apply(run, &self.x.fours, rest);
+                let rest = stretch.apply(run, &self.x.pair, rest);
+                stretch.apply(run, &self.x.one, rest);
             }
-            let stretch = Stretch { blocks, width, range: stretch };
-            let rest = stretch.apply(run, &self.x.eights, sums);
-            let rest = stretch.apply(run, &self.x.fours, rest);
-            let rest = stretch.apply(run, &self.x.pair, rest);
-            stretch.apply(run, &self.x.one, rest);
         }
-        for (row, sums) in sums.iter().enumerate() {
-            for (panel, sums) in (first..).zip(sums) {
-                // SAFETY: the panel's outputs belong to this chunk alone.
-                unsafe { self.out.write(row, panel, sums) }
+        for (first, sums) in panels.step_by(P).zip(sums.chunks_exact(rows)) {
+            for (row, sums) in sums.iter().enumerate() {
+                for (panel, sums) in (first..).zip(sums) {
+                    // SAFETY: the panel's outputs belong to this chunk alone.
+                    unsafe { self.out.write(row, panel, sums) }
+                }
             }
         }
     }
