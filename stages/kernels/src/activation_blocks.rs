@@ -185,7 +185,7 @@ impl<A: Activations> Rounded<A> {
     pub(crate) fn new(pool: &Pool, x: &[f32], width: usize) -> Rounded<A> {
         let row = width * A::STEPS;
         let rows = x.len() / row;
-        let eights = if pool.path().run(IsWide) { rows / 8 } else { 0 };
+        let eights = if pool.path().is_wide() { rows / 8 } else { 0 };
         let (eights, rest) = x.split_at(eights * 8 * row);
         let (fours, rest) = rest.split_at(rest.len() / row / 4 * 4 * row);
         let (pair, one) = rest.split_at(rows % 4 / 2 * 2 * row);
@@ -200,22 +200,6 @@ impl<A: Activations> Rounded<A> {
 
     pub(crate) fn rows(&self) -> usize {
         (8 * self.eights.len() + 4 * self.fours.len() + 2 * self.pair.len() + self.one.len()) / self.width
-    }
-}
-
-/// [`Simd::WIDE`].
-struct IsWide;
-
-impl Kernel for IsWide {
-    type Output = bool;
-
-    fn scalar(self) -> bool {
-        false
-    }
-
-    #[inline(always)]
-    fn vector<S: Simd>(self, _simd: S) -> bool {
-        S::WIDE
     }
 }
 

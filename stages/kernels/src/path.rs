@@ -11,13 +11,13 @@ use std::sync::OnceLock;
 
 use crate::pool::Pool;
 use crate::profile::{Output, path_outputs};
-use crate::simd::Kernel;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::avx2::Avx2;
 #[cfg(target_arch = "x86_64")]
 use crate::simd::avx512::Avx512;
 #[cfg(target_arch = "aarch64")]
 use crate::simd::neon::Neon;
+use crate::simd::{Kernel, Simd};
 
 /// The instructions a [`Pool`] computes with. A vector variant holds a token that proves the processor has its
 /// instructions, so a `Path` in hand is always safe to run.
@@ -102,6 +102,11 @@ impl Path {
         }
     }
 
+    /// [`Simd::WIDE`] of this path's instructions.
+    pub(crate) fn is_wide(self) -> bool {
+        self.run(IsWide)
+    }
+
     /// Runs a kernel with this path's instructions.
     #[inline]
     pub(crate) fn run<K: Kernel>(self, kernel: K) -> K::Output {
@@ -116,6 +121,21 @@ impl Path {
             #[cfg(target_arch = "aarch64")]
             Path::Neon(simd) => simd.run(kernel),
         }
+    }
+}
+
+struct IsWide;
+
+impl Kernel for IsWide {
+    type Output = bool;
+
+    fn scalar(self) -> bool {
+        false
+    }
+
+    #[inline(always)]
+    fn vector<S: Simd>(self, _simd: S) -> bool {
+        S::WIDE
     }
 }
 

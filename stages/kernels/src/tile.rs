@@ -59,6 +59,24 @@ pub(crate) fn chain<S: Simd, F: Format, const R: usize, const P: usize>(
     acc
 }
 
+/// [`chain`] for one panel, with the inputs of the rows side by side.
+#[inline(always)]
+pub(crate) fn chain_interleaved<S: Simd, const R: usize>(
+    simd: S,
+    x: &[[f32; R]],
+    panel: &[Step<f32>],
+    start: [S::F; R],
+) -> [S::F; R] {
+    let mut acc = start;
+    for (x, step) in x.iter().zip(panel) {
+        let weights = simd.load(&step.0);
+        for r in 0..R {
+            acc[r] = simd.fma(weights, simd.splat(x[r]), acc[r]);
+        }
+    }
+    acc
+}
+
 /// Cuts `rows` into tiles, and names each by its first row and its height: as many of [`WIDE_ROWS`] as there are, if
 /// `wide`, and the rest into the fewest of at most [`TILE_ROWS`], as equal as can be.
 pub(crate) fn tiles(rows: usize, wide: bool) -> impl Iterator<Item = (usize, usize)> {

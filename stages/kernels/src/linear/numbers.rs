@@ -10,10 +10,10 @@
 use std::ops::Range;
 
 use super::{BLOCK_PANELS, BLOCK_ROWS, Outputs};
-use crate::element::{F32, Format, Step};
-use crate::pool::Pool;
+use crate::element::{Format, Step};
+use crate::pool::{Disjoint, Pool};
 use crate::simd::{Block, Kernel, LANES, Simd};
-use crate::tile::{TILE_ROWS, WIDE_ROWS, chain, chain_scalar, tiles};
+use crate::tile::{TILE_ROWS, WIDE_ROWS, chain, chain_interleaved, chain_scalar, tiles};
 
 /// Panels that one row advances together. A single chain waits for each of its own steps, so one row needs several
 /// panels to keep the arithmetic busy.
@@ -25,15 +25,45 @@ const LINE: usize = 64;
 /// Steps between two requests for memory, at least.
 const PIECE_STEPS_MIN: usize = 4;
 
+/// Inputs of a row that are copied at a time, so that what they are copied to stays in the first-level cache.
+const COPY_STEPS: usize = 64;
+
+/// What copying one input costs, in multiply-adds.
+const COPY_COST: usize = 8;
+
 /// Steps of a panel that are widened at a time: 16 KiB, half of a first-level cache.
 const BLOCK_STEPS: usize = 256;
 
 /// At most [`BLOCK_ROWS`] rows of `inputs` numbers, with the panels shared among the pool's threads.
 pub(super) fn apply<F: Format>(pool: &Pool, steps: &[Step<F::Stored>], inputs: usize, x: &[f32], out: &Outputs<'_>) {
+    let interleaved = if x.len() / inputs > TILE_ROWS { interleave(pool, x, inputs) } else { Vec::new() };
     let work = |panels: Range<usize>| {
-        pool.path().run(Chunk::<F> { steps, inputs, x, out, panels });
+        pool.path().run(Chunk::<F> { steps, inputs, x, interleaved: &interleaved, out, panels });
     };
     pool.split(steps.len() / inputs, ROW_PANELS, x.len() * LANES, &work);
+}
+
+/// Rows in tiles, one after the other. In a tile the numbers of its rows stand side by side, input by input: apart by the
+/// length of a row, which is often a power of two, they would meet in the same few lines of a cache.
+fn interleave(pool: &Pool, x: &[f32], inputs: usize) -> Vec<f32> {
+    let tiles: Vec<_> = tiles(x.len() / inputs, pool.path().is_wide()).collect();
+    let mut interleaved = vec![0.0; x.len()];
+    let out = Disjoint::new(&mut interleaved);
+    pool.split(tiles.len(), 1, TILE_ROWS * inputs * COPY_COST, &|range: Range<usize>| {
+        for &(first, height) in &tiles[range] {
+            let place = first * inputs..(first + height) * inputs;
+            // SAFETY: tiles have their own rows, and `split` gives out each tile once.
+            let out = unsafe { out.part(place.clone()) };
+            for (start, out) in (0..).step_by(COPY_STEPS).zip(out.chunks_mut(COPY_STEPS * height)) {
+                for (index, row) in x[place.clone()].chunks_exact(inputs).enumerate() {
+                    for (out, x) in out.iter_mut().skip(index).step_by(height).zip(&row[start..]) {
+                        *out = *x;
+                    }
+                }
+            }
+        }
+    });
+    interleaved
 }
 
 /// Some panels of a matrix, applied to some rows. Whoever holds it owns the outputs of those panels.
@@ -41,6 +71,8 @@ struct Chunk<'a, F: Format> {
     steps: &'a [Step<F::Stored>],
     inputs: usize,
     x: &'a [f32],
+    /// If there are more rows than [`TILE_ROWS`].
+    interleaved: &'a [f32],
     out: &'a Outputs<'a>,
     panels: Range<usize>,
 }
@@ -183,25 +215,20 @@ impl<F: Format> Chunk<'_, F> {
     /// Continues the chains of `R` rows through one block of one panel.
     #[inline(always)]
     fn block_tile<S: Simd, const R: usize>(&self, simd: S, tile: &BlockTile<'_>, sums: &mut [Block]) {
-        let mut rows: [&[f32]; R] = [&[]; R];
-        let mut acc = [[simd.splat(0.0)]; R];
-        for index in 0..R {
-            rows[index] = &self.row(tile.first + index)[tile.start..][..tile.block.len()];
-            acc[index][0] = simd.load(&sums[index]);
+        let x = self.interleaved[tile.first * self.inputs..][..R * self.inputs].as_chunks::<R>().0;
+        let mut acc = [simd.splat(0.0); R];
+        for (acc, sum) in acc.iter_mut().zip(&*sums) {
+            *acc = simd.load(sum);
         }
         // One line of memory at a time: many at once would only be waited for.
         let pieces = tile.ahead_bytes.div_ceil(LINE).max(1);
         let piece = tile.block.len().div_ceil(pieces).max(PIECE_STEPS_MIN);
-        for (index, block) in tile.block.chunks(piece).enumerate() {
+        for (index, (block, x)) in tile.block.chunks(piece).zip(x[tile.start..].chunks(piece)).enumerate() {
             simd.prefetch(tile.ahead.wrapping_add(index * LINE));
-            let mut part = rows;
-            for part in &mut part {
-                *part = &part[index * piece..][..block.len()];
-            }
-            acc = chain::<S, F32, R, 1>(simd, part, [block], acc);
+            acc = chain_interleaved(simd, x, block, acc);
         }
         for (sum, acc) in sums.iter_mut().zip(&acc) {
-            simd.store(acc[0], sum);
+            simd.store(*acc, sum);
         }
     }
 }
