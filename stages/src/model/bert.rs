@@ -208,7 +208,7 @@ impl BertSlice {
         let tensors = Tensors { config, weights, loading, prefix: prefix(weights) };
         let entry = if range.start == 0 { Some(tensors.entry()?) } else { None };
         let is_last = range.end == config.layers;
-        let layers = range.map(|layer| tensors.layer(layer)).collect::<Result<_, _>>()?;
+        let layers = Loading::layers(range, |layer| tensors.layer(layer))?;
         Ok(Self { config: config.clone(), pooling, entry, layers, is_last })
     }
 

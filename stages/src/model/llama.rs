@@ -156,7 +156,7 @@ impl LlamaSlice {
         } else {
             None
         };
-        let layers = range.map(|layer| Layer::load(config, weights, loading, layer)).collect::<Result<_, _>>()?;
+        let layers = Loading::layers(range, |layer| Layer::load(config, weights, loading, layer))?;
         let (theta, positions) = (config.rope_theta, config.context_length);
         let half = config.head_dim / 2;
         let factors =
