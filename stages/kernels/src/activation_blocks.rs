@@ -8,6 +8,7 @@
 
 use std::ops::Range;
 
+use crate::blocks::Q8_OFFSET;
 use crate::lanes::{all_finite, max_scalar, max_vector};
 use crate::pool::{Disjoint, Pool};
 use crate::simd::{Block, Kernel, LANES, ROUNDER, SIGN, Simd};
@@ -17,9 +18,6 @@ const INPUT_COST: usize = 4;
 
 /// The greatest magnitude of a rounded input.
 const QUANT_MAX: f32 = 127.0;
-
-/// What weights of eight bits are stored plus, to be unsigned.
-pub(crate) const OFFSET: u8 = 128;
 
 /// The most inputs of a block.
 pub(crate) const STEPS_MAX: usize = 256;
@@ -112,7 +110,7 @@ impl<const R: usize> Tile for Tile32<R> {
         for (i, quant) in quants.iter().enumerate() {
             let sign = (quant >> 7).cast_unsigned();
             magnitudes[i] = quant.unsigned_abs();
-            flips[i] = sign ^ OFFSET;
+            flips[i] = sign ^ Q8_OFFSET;
             negative += i32::from(magnitudes[i] & sign);
         }
         let fours = magnitudes.as_chunks::<4>().0.iter().zip(flips.as_chunks::<4>().0);
@@ -125,7 +123,7 @@ impl<const R: usize> Tile for Tile32<R> {
         self.scales[row] = scale;
         self.sums[row] = sums;
         self.negative[row] = negative;
-        self.excess[row] = -i32::from(OFFSET) * (i32::from(sums[0]) + i32::from(sums[1]));
+        self.excess[row] = -i32::from(Q8_OFFSET) * (i32::from(sums[0]) + i32::from(sums[1]));
     }
 
     fn row(&self, row: usize, out: &mut [i8; STEPS_MAX]) -> f32 {

@@ -65,14 +65,15 @@ pub(crate) fn sum_scalar(values: impl Iterator<Item = f32>) -> f32 {
     for (index, value) in values.enumerate() {
         lanes[index % LANES] += value;
     }
-    fold(lanes)
+    fold(lanes, |a, b| a + b)
 }
 
 /// Folds the lanes by 8, 4, 2, 1.
-pub(crate) fn fold(mut lanes: Block) -> f32 {
+#[inline(always)]
+fn fold(mut lanes: Block, join: impl Fn(f32, f32) -> f32) -> f32 {
     for width in [8, 4, 2, 1] {
         for lane in 0..width {
-            lanes[lane] += lanes[lane + width];
+            lanes[lane] = join(lanes[lane], lanes[lane + width]);
         }
     }
     lanes[0]
@@ -82,7 +83,7 @@ pub(crate) fn fold(mut lanes: Block) -> f32 {
 pub(crate) fn fold_vector<S: Simd>(simd: S, lanes: S::F) -> f32 {
     let mut block = [0.0; LANES];
     simd.store(lanes, &mut block);
-    fold(block)
+    fold(block, |a, b| a + b)
 }
 
 /// The greatest value. Which of two equal zeros is returned is left open, and so is the result if there is a NaN.
@@ -104,12 +105,7 @@ pub(crate) fn max_vector<S: Simd>(simd: S, values: &[f32]) -> f32 {
     }
     let mut block = [0.0; LANES];
     simd.store(lanes, &mut block);
-    for width in [8, 4, 2, 1] {
-        for lane in 0..width {
-            block[lane] = greater(block[lane], block[lane + width]);
-        }
-    }
-    rest.iter().copied().fold(block[0], greater)
+    rest.iter().copied().fold(fold(block, greater), greater)
 }
 
 #[inline(always)]

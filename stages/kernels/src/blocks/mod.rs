@@ -24,7 +24,7 @@ mod q8_0;
 pub(crate) use k4::{Q4K, Q5K};
 pub(crate) use k6::Q6K;
 pub(crate) use q4_0::Q4_0;
-pub(crate) use q8_0::Q8_0;
+pub(crate) use q8_0::{Q8_0, Q8_OFFSET};
 
 /// Bytes of a cache line.
 const LINE: usize = 64;

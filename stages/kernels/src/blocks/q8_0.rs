@@ -4,11 +4,14 @@
 use bytemuck::{Pod, Zeroable};
 
 use super::{Blocks, FOUR, dot, is_finite, prefetch, stored_f16, widen};
-use crate::activation_blocks::{By32, OFFSET, Tile32};
+use crate::activation_blocks::{By32, Tile32};
 use crate::simd::{LANES, Simd};
 
 /// Bytes of the scale in a file.
 const HEAD: usize = 2;
+
+/// What each number is packed plus, to be unsigned: its first bit is turned.
+pub(crate) const Q8_OFFSET: u8 = 128;
 
 #[derive(Clone, Copy, Zeroable, Pod)]
 #[repr(C, align(32))]
@@ -25,7 +28,7 @@ impl Blocks for Q8_0 {
         self.scales[lane] = stored_f16(file);
         let (fours, _) = file[HEAD..].as_chunks::<4>();
         for (vector, four) in self.quants.iter_mut().zip(fours) {
-            vector[4 * lane..][..4].copy_from_slice(&four.map(|quant| quant ^ OFFSET));
+            vector[4 * lane..][..4].copy_from_slice(&four.map(|quant| quant ^ Q8_OFFSET));
         }
     }
 
@@ -37,7 +40,7 @@ impl Blocks for Q8_0 {
         let (fours, _) = out.as_chunks_mut::<4>();
         for (vector, four) in self.quants.iter().zip(fours) {
             for (i, out) in four.iter_mut().enumerate() {
-                *out = (vector[4 * lane + i] ^ OFFSET).cast_signed();
+                *out = (vector[4 * lane + i] ^ Q8_OFFSET).cast_signed();
             }
         }
     }

@@ -7,8 +7,8 @@ use std::arch::aarch64::*;
 use std::array::from_fn;
 
 use super::{Block, Kernel, LANES, Simd};
-use crate::activation_blocks::{OFFSET, PairSums, Tile32};
-use crate::blocks::FOUR;
+use crate::activation_blocks::{PairSums, Tile32};
+use crate::blocks::{FOUR, Q8_OFFSET};
 
 /// Proof that this processor has NEON.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -230,8 +230,7 @@ impl Simd for Neon {
         row: usize,
         four: usize,
     ) -> Self::Bits {
-        // A signed byte plus 128 is the byte with its first bit turned.
-        let weights = from_fn(|i| with_neon!(veorq_u8(weights[i], vdupq_n_u8(OFFSET))));
+        let weights = from_fn(|i| with_neon!(veorq_u8(weights[i], vdupq_n_u8(Q8_OFFSET))));
         dot_four(self, acc, weights, x.quants[four][row])
     }
 
